@@ -102,7 +102,8 @@ def drive(
             step = _advance(flow.throw, error)
         else:
             step = _advance(flow.send, reply)
-    return step.value
+    value: _T = step.value
+    return value
 
 
 async def adrive(
@@ -117,4 +118,5 @@ async def adrive(
             step = _advance(flow.throw, error)
         else:
             step = _advance(flow.send, reply)
-    return step.value
+    value: _T = step.value
+    return value

@@ -36,6 +36,10 @@ class Store(ABC):
     name: str         # The engine: "redis", "sqlite", "memory"
     url: str          # Where, without password: for logs and `/ready`
 
+    def peek(self, key: str) -> bytes | None:
+        "The bytes under a key, if that can be told at once, without any I/O; most stores cannot."
+        return None
+
     @abstractmethod
     def get_many(self, keys: Sequence[str]) -> Flow[list[bytes | None]]:
         "The bytes under each key, in order; None where there are none (never stored, expired, evicted)."

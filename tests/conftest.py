@@ -1,0 +1,62 @@
+"""Servers for the tests that need real ones; started when the first test asks, ended with the session."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import Cluster, Sentinels, Server, standalone
+
+
+@pytest.fixture(scope="session")
+def _redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with standalone(tmp_path_factory.mktemp("redis"), "--databases", "16") as server: yield server
+
+
+@pytest.fixture
+def redis_server(_redis: Server) -> Server:
+    "An empty server that is shared; not to be paused or killed."
+    with _redis.client() as client: client.flushall()
+    return _redis
+
+
+@pytest.fixture
+def redis_url(redis_server: Server) -> str:
+    "The URL of an empty server."
+    return redis_server.url
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[Server]:
+    "A server for one test: pause it, kill it, restart it."
+    with standalone(tmp_path / "redis") as server: yield server
+
+
+@pytest.fixture(scope="session")
+def _sentinels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
+    house = Sentinels(tmp_path_factory.mktemp("sentinels"))
+    yield house
+    house.kill()
+
+
+@pytest.fixture
+def sentinels(_sentinels: Sentinels) -> Sentinels:
+    "A primary with replica and Sentinels; shared, so leave them alive."
+    with _sentinels.primary.client() as client: client.flushall()
+    return _sentinels
+
+
+@pytest.fixture(scope="session")
+def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    house = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield house
+    house.kill()
+
+
+@pytest.fixture
+def cluster(_cluster: Cluster) -> Cluster:
+    "A cluster of six; shared, so leave it alive."
+    for server in _cluster.servers[:3]:
+        with server.client() as client: client.flushall()
+    return _cluster
