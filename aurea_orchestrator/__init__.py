@@ -1,3 +1,44 @@
-"""Aurea: a cache for LLM and embedding calls."""
+"""Aurea: a cache for LLM and embedding calls, from one notebook to a fleet of workers.
+
+    request → key → lookup → lease → compute → store → reply
+
+Where each word lives, from the ground up:
+
+    errors, config, events      every way to fail, every setting, what is told
+    effects                     flows that are written once, for `def` and `async def`
+    shapes, forms, call, keys   **key**: any call in canonical form, and its SHA-256
+    records, values, codec      values to bytes and back, never pickle
+    stores.*                    **lookup**, **store**: Redis, SQLite, memory, behind one contract
+    flight, streams             **lease**: one computation per key, shared by all who ask
+    backends.*                  **compute**: the demo, any OpenAI-compatible server, your function
+    counts                      how calls ended, exactly
+    cache                       the sentence itself
+    decorators                  the sentence around a function
+    metrics, auth, routes, main **request**, **reply**: the ASGI app
+    cli                         the command `aurea`
+    testing                     contract suites for stores and backends of your own
+
+Importing this package opens no socket, starts no thread and reads no setting.
+"""
+
+from typing import TYPE_CHECKING
+
+from .cache import Cache, get_cache, use_cache
+from .decorators import cache_embedding, cache_llm_response, cached
+
+if TYPE_CHECKING:
+    from .config import Settings
 
 __version__ = "0.1.0"
+__all__ = ["Cache", "Settings", "cache_embedding", "cache_llm_response", "cached", "get_cache", "use_cache"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Settings":  # It brings pydantic along, which a hit does not need
+        from .config import Settings
+        return Settings
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "Settings"])

@@ -5,6 +5,7 @@
 # %% ../nbs/04_address.ipynb #06d07149
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -43,10 +44,10 @@ def read_address(
     url: str,    # Any of the forms above
 ) -> Address:
     "Read a store URL; `ConfigError` says what is wrong with it."
-    scheme, mark, _ = url.partition("://")
-    tls, kind = scheme.startswith("rediss"), scheme.partition("+")[2] or ("unix" if scheme == "unix" else "redis")
-    if not mark or scheme not in ("redis", "rediss", "unix") and scheme.partition("+")[0] not in ("redis", "rediss") or kind not in _RIGHT:
+    if not (form := re.match(r"(unix|redis(s?)(?:\+(sentinel|cluster))?)://", url)):
         raise ConfigError("the URL of a Redis begins with redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://")
+    scheme, tls = form[1], bool(form[2])
+    kind = form[3] or ("unix" if scheme == "unix" else "redis")
 
     def wrong(why: str) -> ConfigError:
         return ConfigError(f"the store URL {scheme}://… cannot work: {why}. A right one: {_RIGHT[kind]}")

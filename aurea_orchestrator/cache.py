@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from . import codec, keys
 from .effects import Effect, Flow, adrive, drive
@@ -22,7 +22,6 @@ from .errors import BatchError, CodecError, StoreError, UnstorableError
 from .events import Bus, Clock, Event, Outcome, Tally
 from .flight import Aside, Computation, Flight, Join, Lead, Stopped
 from .stores.base import Item, Store
-from .stores.urls import choose_store, open_store
 from .streams import Source, Streams, Tape
 if TYPE_CHECKING:
     from aurea_orchestrator.config import Settings
@@ -273,7 +272,7 @@ def freeze(piece: Any) -> bytes | Loose:
 
 def thaw(frozen: bytes | Loose) -> Any:
     "The piece again, a new object each time."
-    return frozen.piece if isinstance(frozen, Loose) else codec.value(frozen)
+    return frozen.piece if isinstance(frozen, Loose) else codec.trusted(frozen)
 
 # %% ../nbs/50_cache.ipynb #44faa428
 def play(cache: Cache, request: Request, begin: Callable[[], Source]) -> Flow[Tape]:
@@ -369,7 +368,7 @@ def glance(cache: Cache, kind: str, key: str, tally: Tally) -> tuple[Any] | None
         entry = codec.header(blob)
         if cache.clock.now() > entry.born + (entry.ttl or 0.0):
             return None
-        value = codec.value(blob)
+        value = codec.trusted(blob)
     except CodecError:
         return None
     tally.add(kind, Outcome.HIT)
@@ -390,9 +389,9 @@ class _Cache:
         ttls: Mapping[str, float] | None = None,         # The same by kind; default: embeddings a day
         enabled: bool = True,                            # False: compute everything, store nothing
         finish: bool = False,                            # Finish a computation that everybody has left
-        clock: Clock = Clock(),
+        clock: Clock | None = None,                      # None: the time of this machine
     ) -> None:
-        self.store, self.enabled, self.finish, self.clock = store, enabled, finish, clock
+        self.store, self.enabled, self.finish, self.clock = store, enabled, finish, clock or Clock()
         self.ttl, self.ttls = ttl, {"embedding": 86400.0} if ttls is None else dict(ttls)
         self.bus, self.counts, self.flight, self.streams = Bus(), Counts(store), Flight(), Streams()
         self.warned: set[str] = set()
@@ -407,13 +406,15 @@ class _Cache:
         return self.ttls.get(kind, self.ttl)
 
     @classmethod
-    def from_url(cls, url: str, *, timeout: float = 0.25, **options: Any) -> Cache:
+    def from_url(cls, url: str, *, timeout: float = 0.25, **options: Any) -> Self:
         "A cache over the store behind a URL (see `stores.urls`); options as for `Cache`."
+        from aurea_orchestrator.stores.urls import open_store  # Here, because a hit needs neither engines nor settings
         return cls(open_store(url, timeout), **options)
 
     @classmethod
-    def from_settings(cls, settings: Settings, **options: Any) -> Cache:
+    def from_settings(cls, settings: Settings, **options: Any) -> Self:
         "A cache as the settings describe it."
+        from aurea_orchestrator.stores.urls import choose_store
         shelf, why = choose_store(settings)
         ttls = {"llm": settings.cache_llm_ttl, "embedding": settings.cache_embedding_ttl}
         cache = cls(shelf, ttl=settings.cache_llm_ttl, ttls=ttls, enabled=settings.cache_enabled, **options)

@@ -26,7 +26,9 @@ def _version(show: bool) -> None:
 
 
 @cli.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")] = False) -> None:
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")] = False,
+) -> None:
     pass
 
 # %% ../nbs/80_cli.ipynb #5d2ce312

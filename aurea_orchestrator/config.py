@@ -29,7 +29,8 @@ class _Where(BaseSettings):
     redis_password: SecretStr | None = Field(None, description="Password of the Redis server.")
     redis_ssl: bool = Field(False, description="Speak TLS with the Redis server.")
     cache_url: SecretStr | None = Field(
-        None, description="Store URL (`redis://`, `rediss://`, `unix://`, `redis+sentinel://`, `redis+cluster://`, `sqlite:///`, `memory://`); wins over `REDIS_*`."
+        None,
+        description="URL of the store, such as `redis://host:6379/0`, `sqlite:///cache.db` or `memory://`; wins over `REDIS_*`.",
     )
     cache_enabled: bool = Field(True, description="`false` computes every call and stores nothing.")
     cache_llm_ttl: _Positive = Field(3600, description="Seconds that an LLM answer is kept.")
@@ -47,24 +48,26 @@ class _Who(BaseSettings):
     "Who answers."
 
     llm_base_url: str | None = Field(
-        None, validation_alias=_or("llm_base_url", "openai_base_url"), description="Base URL of any OpenAI-compatible server, such as `http://localhost:11434/v1`; else `OPENAI_BASE_URL`."
+        None,
+        validation_alias=_or("llm_base_url", "openai_base_url"),
+        description="Base URL of any OpenAI-compatible server, such as `http://localhost:11434/v1`; else `OPENAI_BASE_URL`.",
     )
     llm_api_key: SecretStr | None = Field(
         None, validation_alias=_or("llm_api_key", "openai_api_key"), description="API key for that server; else `OPENAI_API_KEY`."
     )
     llm_model: str | None = Field(None, description="Model to ask when a request says `model=default`.")
     llm_timeout: _Positive = Field(60, description="Seconds that an upstream call may take, retries included.")
-    embedding_base_url: str | None = Field(None, description="The same for embeddings; falls back to `LLM_BASE_URL`.")
-    embedding_api_key: SecretStr | None = Field(None, description="The same for embeddings; falls back to `LLM_API_KEY`.")
-    embedding_model: str | None = Field(None, description="Embedding model to ask when a request says `model=default`; falls back to `LLM_MODEL`.")
-    llm_backend: str | None = Field(None, description="Your own function that answers prompts, as `package.module:function`; wins over `LLM_BASE_URL`.")
-    embedding_backend: str | None = Field(None, description="Your own function that embeds texts, as `package.module:function`; wins over `EMBEDDING_BASE_URL`.")
+    embedding_base_url: str | None = Field(None, description="The base URL for embeddings; falls back to `LLM_BASE_URL`.")
+    embedding_api_key: SecretStr | None = Field(None, description="The key for it; falls back to `LLM_API_KEY` at the same base URL.")
+    embedding_model: str | None = Field(None, description="The model for embeddings; falls back to `LLM_MODEL`.")
+    llm_backend: str | None = Field(None, description="Your own function for prompts: `package.module:function`; wins over `LLM_BASE_URL`.")
+    embedding_backend: str | None = Field(None, description="Your own function for texts; wins over `EMBEDDING_BASE_URL`.")
 
 # %% ../nbs/01_config.ipynb #aeb77ec2
 class _How(BaseSettings):
     "How the app is served."
 
-    api_key: SecretStr | None = Field(None, description="Protects `/cache/*`; several, comma-separated, for rotation. Unset leaves them open.")
+    api_key: SecretStr | None = Field(None, description="Protects `/cache/*`; several, comma-separated, to rotate. Unset leaves them open.")
     host: str = Field("0.0.0.0", description="Address to listen on.")
     port: _Port = Field(8000, description="Port to listen on.")
     debug: bool = Field(False, description="Log every step.")
@@ -82,8 +85,9 @@ class Settings(_How, _Who, _Where):
     "All settings, from the environment or `.env`; keyword arguments win over both."
 
     model_config = SettingsConfigDict(
-        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", populate_by_name=True, frozen=True, hide_input_in_errors=True
-    )
+        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore",
+        populate_by_name=True, frozen=True, hide_input_in_errors=True,
+    )  # fmt: skip
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -56,7 +56,6 @@ class Suite:
         "Let time pass for the store."
         time.sleep(seconds)
 
-
     def all_keys(self, store: Store, prefix: str, limit: int = 7) -> Flow[list[str]]:
         "The keys of all pages, sorted, each once."
         keys, cursor = set(), None

@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
 
 from .cache import Cache, Reply, Request, clear, fetch, get_cache, glance, play
 from .effects import Effect, Flow, adrive, drive
@@ -84,14 +84,14 @@ class _Cached:
     "What all cached functions have in common."
 
     def __init__(self, fn: Callable[..., Any], kind: str, options: Options) -> None:
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(cast(Any, self), fn)
         self.__wrapped__, self.kind, self.options = fn, check_kind(kind), options
         self.__code__: Any = getattr(fn, "__code__", None)
         self.__defaults__, self.__kwdefaults__ = getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None)
         self.tally, self.parameters = Tally(), inspect.signature(fn).parameters
         self.name = f"{fn.__module__}.{fn.__qualname__}"
         self._method, self._declares_bypass = _is_method(fn), "bypass_cache" in self.parameters
-        self._key = key_for(fn, kind, namespace=options.namespace, version=options.version, ignore=options.ignore, method=self._method)
+        self._key = key_for(fn, kind, options.namespace, options.version, options.ignore, self._method)
 
     def __repr__(self) -> str:
         return f"<cached {self.kind} function {self.name}>"
@@ -127,7 +127,8 @@ class _Asking(_Cached):
         effect = (lambda positions: compute) if isinstance(compute, Effect) else compute
         ttl: Any = self.options.ttl or self.cache.ttl_of(self.kind)
         stale: Any = self.options.stale
-        return Request(self.kind, keys, effect, ttl, name=self.name, bypass=fresh, stale=stale, tally=self.tally, meta={"name": self.name})
+        meta = {"name": self.name}
+        return Request(self.kind, keys, effect, ttl, self.name, bypass=fresh, stale=stale, tally=self.tally, meta=meta)
 
     def key(self, *args: Any, **kwargs: Any) -> Any:
         "The key of a call: `kind:<64 hex>`, or `kind:<namespace>:<64 hex>`."
@@ -223,9 +224,10 @@ class CachedGenerator(CachedFunction[_P, _R]):
 
     def _stream(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Request, Callable[[], Source]]:
         fresh, fn = self._fresh(args, kwargs), self.__wrapped__
-        return self._request([self._key(*args, **kwargs)], Call(fn, args, kwargs), fresh), lambda: fn(*args, **kwargs)
+        request = self._request([self._key(*args, **kwargs)], Call(fn, args, kwargs), fresh)
+        return request, lambda: fn(*args, **kwargs)
 
-    def _items(self, request: Request, begin: Callable[[], Source]) -> Iterator[Any]:
+    def _items(self, request: Request, begin: Callable[[], Source]) -> Any:
         tape, place = drive(play(self.cache, request, begin)), 0
         try:
             while (item := drive(read(tape, place))) is not END:
@@ -241,7 +243,7 @@ class AsyncCachedGenerator(CachedGenerator[_P, _R]):
 
     _run = staticmethod(adrive)
 
-    async def _items(self, request: Request, begin: Callable[[], Source]) -> AsyncIterator[Any]:  # type: ignore[override]
+    async def _items(self, request: Request, begin: Callable[[], Source]) -> Any:
         tape, place = await adrive(play(self.cache, request, begin)), 0
         try:
             while (item := await adrive(read(tape, place))) is not END:
@@ -260,7 +262,8 @@ class _Lists:
     def __init__(self, function: _Cached) -> None:
         options, fn = function.options, function.__wrapped__
         self.bind = Binder(fn, options.ignore, method=function._method)
-        names = [p.name for p in self.bind.kept if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][function._method:]
+        own = list(function.parameters)[: function._method]  # `self`, where it is a method
+        names = [p.name for p in self.bind.kept if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in own]
         self.name = next((name for name in _TEXTS if name in names), names[0] if names else "")
         self.place = list(function.parameters).index(self.name) if self.name else 0
         self.kind, self.namespace = function.kind, options.namespace
@@ -269,7 +272,9 @@ class _Lists:
     def texts(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[str] | tuple[str, ...] | None:
         "The list of texts in a call, if there is one."
         value = args[self.place] if self.place < len(args) else kwargs.get(self.name)
-        return value if type(value) in (list, tuple) and all(type(text) is str for text in value) else None
+        if isinstance(value, (list, tuple)) and all(type(text) is str for text in value):
+            return value
+        return None
 
     def replaced(self, args: Sequence[Any], kwargs: dict[str, Any], texts: Any) -> tuple[list[Any], dict[str, Any]]:
         "The same call with other texts."
@@ -302,7 +307,8 @@ class CallForMissing(Effect):
         try:
             return list(values)
         except TypeError:
-            raise BatchError(f"{self.request.name} returned {type(values).__name__} for a list of texts; return one vector for each") from None
+            got = type(values).__name__
+            raise BatchError(f"{self.request.name} returned {got} for a list of texts; return one vector for each") from None
 
 
 def together(replies: Sequence[Reply]) -> Any:
@@ -329,8 +335,9 @@ class _Listing(CachedFunction[_P, _R]):
 
     def _ask_many(self, args: Sequence[Any], kwargs: dict[str, Any], texts: Sequence[str], fresh: bool) -> Flow[Any]:
         def compute(positions: Sequence[int]) -> Effect:
-            missing = type(texts)(texts[position] for position in positions)
-            return CallForMissing(Call(self.__wrapped__, *self._lists.replaced(args, kwargs, missing)), request)
+            missing = [texts[position] for position in positions]
+            again = self._lists.replaced(args, kwargs, tuple(missing) if type(texts) is tuple else missing)
+            return CallForMissing(Call(self.__wrapped__, *again), request)
         request = self._request(self._lists.keys(args, kwargs, texts), compute, fresh)
         return together((yield from fetch(self.cache, request)))
 

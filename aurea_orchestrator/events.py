@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -44,7 +45,8 @@ def hits_and_misses(
     return {"hits": int(sum(counts.get(o, 0) for o in HITS)), "misses": int(counts.get(Outcome.MISS, 0))}
 
 # %% ../nbs/02_events.ipynb #f5697141
-class Event(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Event:
     "One step was done, or one call ended."
 
     step: str                        # One of `STEPS`
@@ -130,4 +132,4 @@ class Tally:
     def of(self, kind: str) -> dict[str, int]:
         "All that was counted for a kind, by outcome."
         with self._lock:
-            return {outcome: n for (k, outcome), n in self._total.items() if k == kind}
+            return {str(outcome): n for (k, outcome), n in self._total.items() if k == kind}

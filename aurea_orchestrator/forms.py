@@ -126,7 +126,7 @@ def _pairs(tag: str, pairs: Iterable[tuple[Any, Any]], depth: int) -> Form:
 def _dict(value: Any, depth: int) -> Form:
     "Keys and values, sorted by key."
     if type(value) is not dict:
-        value = dict.copy(value)
+        value = dict(dict.items(value))  # Not its own `copy` or `__iter__`, whatever they say
     for key in value:
         if type(key) is not str:
             return _pairs("dict", sorted(value.items(), key=lambda pair: encode(_walk(pair[0], depth))), depth)
@@ -196,7 +196,7 @@ def _object(value: Any, kind: type, pairs: Iterable[tuple[str, Any]], depth: int
         if base in _FORMS:
             out[-1] = _FORMS[base](value, depth)
             break
-        if not declared and base is not object and not base.__flags__ & HEAP:
+        if not (declared or base.__flags__ & HEAP or base in msgspec.Struct.__mro__):
             raise _Refused(f"extends {title(base)}, which does not show what is in it")
     for name, attribute in sorted(pairs):
         try:

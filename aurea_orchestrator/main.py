@@ -49,7 +49,7 @@ def backends_of(
     base_url, api_key = settings.llm_base_url, settings.llm_api_key
     llm = choose(settings.llm_backend, base_url, api_key, settings.llm_model)
     own = settings.embedding_base_url
-    key = settings.embedding_api_key or (api_key if own in (None, base_url) else None)  # A key is only shown to the server that it is for
+    key = settings.embedding_api_key or (api_key if own in (None, base_url) else None)  # A key goes only to the server that it is for
     return llm, choose(settings.embedding_backend, own or base_url, key, settings.embedding_model or settings.llm_model)
 
 # %% ../nbs/75_main.ipynb #a1651c46
@@ -61,7 +61,7 @@ def build(settings: Settings, stack: ExitStack) -> House:
     stack.enter_context(cache.bus.listening(metrics.hear))
     house = House(cache, llm, embedding, metrics, settings.api_keys, settings.max_body, __version__)
     if llm.name == "demo" or embedding.name == "demo":
-        house.notes.append("no upstream is configured, so the demo backend answers; set LLM_BASE_URL (and LLM_API_KEY), or LLM_BACKEND, for a real one")
+        house.notes.append("no upstream is configured, so the demo answers; for a real one set LLM_BASE_URL and LLM_API_KEY, or LLM_BACKEND")
     if open_door(settings.host, settings.api_keys):
         house.notes.append("API_KEY is not set: whoever reaches this server can read /cache/stats and clear the cache")
     return house
@@ -75,7 +75,8 @@ def announce(house: House, debug: bool) -> None:
         _log.addHandler(handler)
         _log.setLevel(logging.DEBUG if debug else logging.INFO)
     store = house.cache.store
-    _log.info("store %s at %s (%s); prompts go to %s, texts to %s", store.name, store.url, house.cache.why, house.llm.identity, house.embedding.identity)
+    asked = house.llm.identity, house.embedding.identity
+    _log.info("store %s at %s (%s); prompts go to %s, texts to %s", store.name, store.url, house.cache.why, *asked)
     for note in house.notes:
         _log.warning(note)
 
@@ -115,7 +116,8 @@ class Measured:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         began, status = time.perf_counter(), 500
 
         async def watch(message: Message) -> None:

@@ -111,7 +111,7 @@ class _Meters:
             _prepare(folder)
         import prometheus_client as prom
         if folder is not None and not prom.values.ValueClass._multiprocess:
-            _log.warning("prometheus_client was imported before the app, so /metrics shows each worker for itself; set PROMETHEUS_MULTIPROC_DIR")
+            _log.warning("prometheus_client was imported before the app: set PROMETHEUS_MULTIPROC_DIR for sums over all workers")
             folder = None
         self._prom, self._version, self._store_up, self._folder = prom, version, store_up, folder
         self._own = prom.CollectorRegistry()
@@ -163,15 +163,17 @@ class Metrics(_Meters):
 
     def render(self) -> bytes:
         "The page that Prometheus reads, in its text format 0.0.4."
+        page: bytes
         registry = self._prom.CollectorRegistry()
-        if self._folder is None:
-            registry.register(_Whole(self._own.collect, self))
-        else:
+        if self._folder is not None:
             from prometheus_client.multiprocess import MultiProcessCollector
             registry.register(_Whole(MultiProcessCollector(None, path=str(self._folder)).collect, self))
             with FileLock(self._folder / "lock"):
-                return self._prom.generate_latest(registry)
-        return self._prom.generate_latest(registry)
+                page = self._prom.generate_latest(registry)
+        else:
+            registry.register(_Whole(self._own.collect, self))
+            page = self._prom.generate_latest(registry)
+        return page
 
 # %% ../nbs/70_metrics.ipynb #2fc7aba8
 class _Whole:

@@ -77,7 +77,7 @@ async def read_parameters(request: Request, most: int, known: Sequence[str]) -> 
     given: dict[str, Any] = {}
     for name, value in request.query_params.multi_items():
         if name not in known:
-            raise BadRequest(422, f"unknown query parameter {name!r}; known: {', '.join(known)}; further parameters go into a JSON body")
+            raise BadRequest(422, f"unknown query parameter {name!r}; known: {', '.join(known)}; others go into a JSON body")
         if name in given:
             raise BadRequest(422, f"query parameter {name!r} is given twice; a list goes into a JSON body")
         given[name] = value
@@ -95,7 +95,7 @@ def read_json(body: bytes, content_type: str) -> dict[str, Any]:
         read = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if content_type and "json" not in content_type:
-            raise BadRequest(415, f"the body is {content_type.partition(';')[0]}; send JSON with 'Content-Type: application/json'") from None
+            raise BadRequest(415, f"the body is {content_type.partition(';')[0]}; send JSON as 'Content-Type: application/json'") from None
         raise BadRequest(400, f"the body is not valid JSON in UTF-8: {error}") from None
     if not isinstance(read, dict):
         raise BadRequest(422, f"the body is a JSON {type(read).__name__}; send an object such as {{\"prompt\": \"…\"}}")
@@ -169,13 +169,14 @@ async def generate(house: House, given: dict[str, Any]) -> tuple[list[Reply], by
     async def answer() -> list[bytes]:
         said = await backend.generate(prompt, context, model, **given)
         whole.append(said.complete)
-        facts = {"response": said.response, "model": said.model, "backend": backend.name, "finish_reason": said.finish_reason, "usage": said.usage}
-        return [msgspec.json.encode({**said.extra, **facts})]
+        facts = {"response": said.response, "model": said.model, "backend": backend.name}
+        return [msgspec.json.encode({**said.extra, **facts, "finish_reason": said.finish_reason, "usage": said.usage})]
 
     asked = keys_of("llm", backend, [{"prompt": prompt, "context": context, "model": model, "params": given}])
     request = CacheRequest(
-        "llm", asked, lambda _: Ask(answer), house.cache.ttl_of("llm"), name="/llm/generate", bypass=fresh, keep=lambda _: all(whole), meta={"name": "/llm/generate"}
-    )
+        "llm", asked, lambda _: Ask(answer), house.cache.ttl_of("llm"),
+        name="/llm/generate", bypass=fresh, keep=lambda _: all(whole), meta={"name": "/llm/generate"},
+    )  # fmt: skip
     replies = await adrive(fetch(house.cache, request))
     return replies, replies[0].value
 
@@ -219,7 +220,8 @@ def headers_of(house: House, replies: Sequence[Reply]) -> dict[str, str]:
         said.append(f'key="{replies[0].key}"')
     hits = sum(reply.outcome in HITS for reply in replies)
     counts = {"X-Cache-Hits": str(hits), "X-Cache-Misses": str(len(replies) - hits)} if len(replies) > 1 else {}
-    return {"X-Cache": outcome.value, "Age": str(max(0, int(now - oldest.born)) if oldest.born else 0), "Cache-Status": "; ".join(said), **counts}
+    age = max(0, int(now - oldest.born)) if oldest.born else 0
+    return {"X-Cache": outcome.value, "Age": str(age), "Cache-Status": "; ".join(said), **counts}
 
 # %% ../nbs/72_routes.ipynb #b67b606a
 def failure(error: BackendError) -> HTTPException:
@@ -262,12 +264,14 @@ def described(name: str, sentence: str, example: dict[str, Any], many: bool = Fa
         rest = {"context": {"type": "string", "default": "", "description": "What the model should know or be."}, **rest}
     query = [{"name": one, "in": "query", "required": False, "schema": schema} for one, schema in {name: text, **rest}.items()]
     schema = {"type": "object", "properties": {name: either, **rest}, "required": [name], "additionalProperties": True}
-    return {"parameters": query, "requestBody": {"required": False, "content": {"application/json": {"schema": schema, "example": example}}}}
+    body = {"application/json": {"schema": schema, "example": example}}
+    return {"parameters": query, "requestBody": {"required": False, "content": body}}
 
 
 def answers(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     "What an endpoint replies, by status."
-    said = {400: "Not JSON.", 413: "Body too large.", 422: "A parameter is missing or wrong.", 429: "Upstream is out of capacity.", 502: "Upstream failed.", 504: "Upstream was too slow."}
+    said = {400: "Not JSON.", 413: "Body too large.", 415: "Not JSON.", 422: "A parameter is missing or wrong."}
+    said |= {429: "Upstream is out of capacity.", 502: "Upstream failed.", 504: "Upstream was too slow."}
     ok = {"description": "The answer. The outcome is in the header `X-Cache`.", "content": {"application/json": {"example": example}}}
     return {200: ok, **{status: {"description": sentence} for status, sentence in said.items()}}
 
@@ -288,7 +292,7 @@ ASK = APIRouter(tags=["ask"])
 @ASK.post(
     "/llm/generate", summary="Answer a prompt", response_class=Response,
     openapi_extra=described("prompt", "The question.", {"prompt": "Why is the sky blue?", "temperature": 0.2}),
-    responses=answers({"response": "Because of Rayleigh scattering.", "model": "gpt-4o-mini", "backend": "openai", "finish_reason": "stop", "usage": {"total_tokens": 25}}),
+    responses=answers({"response": "Because of Rayleigh scattering.", "model": "gpt-4o-mini", "backend": "openai"}),
 )  # fmt: skip
 async def llm_generate(request: Request) -> Response:
     "Answered from the cache when the same was asked before; further OpenAI parameters may stand in the JSON body and are part of the key."
@@ -312,7 +316,8 @@ LOOK = APIRouter(tags=["look"])
 async def root(request: Request) -> dict[str, Any]:
     "Name, version, and whether the cache is on."
     house = await open_house(request)
-    return {"name": "aurea-orchestrator", "version": house.version, "cache_enabled": house.cache.enabled, "docs": request.scope.get("root_path", "") + "/docs"}
+    docs = request.scope.get("root_path", "") + "/docs"
+    return {"name": "aurea-orchestrator", "version": house.version, "cache_enabled": house.cache.enabled, "docs": docs}
 
 
 @LOOK.get("/health", summary="Is the process alive?")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from .effects import Both, Effect
 
@@ -27,15 +28,36 @@ class _Blocking(Protocol):
     def close(self) -> None: ...
 
 
-_Seats: TypeAlias = dict[asyncio.AbstractEventLoop, tuple[_Awaiting, AsyncGenerator[None, None]]]
+class _Seat(NamedTuple):
+    side: _Awaiting
+    end: AsyncGenerator[None, None]
+    dropped: weakref.finalize[..., Any]
 
 
-async def _until_the_end(seats: _Seats, loop: asyncio.AbstractEventLoop, seat: _Awaiting) -> AsyncGenerator[None, None]:
+_Seats: TypeAlias = dict[asyncio.AbstractEventLoop, _Seat]
+
+
+async def _until_the_end(seats: _Seats, loop: asyncio.AbstractEventLoop, side: _Awaiting) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        seats.pop(loop, None)
-        await seat.close()
+        _forget(seats, loop)
+        await side.close()
+
+
+def _forget(seats: _Seats, loop: asyncio.AbstractEventLoop) -> None:
+    if seat := seats.pop(loop, None):
+        seat.dropped.detach()
+
+
+def _drop(loop: asyncio.AbstractEventLoop, end: AsyncGenerator[None, None]) -> None:
+    with suppress(RuntimeError):  # The loop is closed
+        loop.call_soon_threadsafe(lambda: loop.create_task(_finish(end)))
+
+
+async def _finish(end: AsyncGenerator[None, None]) -> None:
+    with suppress(RuntimeError):  # Somebody else is closing it
+        await end.aclose()
 
 # %% ../nbs/06_sides.ipynb #bce77edc
 class _Sides:
@@ -65,15 +87,15 @@ class _Sides:
         self.threads()
         loop = asyncio.get_running_loop()
         if known := self._seats.get(loop):
-            return known[0]
+            return known.side
         for closed in [each for each in list(self._seats) if each.is_closed()]:
-            self._seats.pop(closed, None)
-        seat = self.awaiting()
-        end = _until_the_end(self._seats, loop, seat)
-        self._seats[loop] = seat, end
+            _forget(self._seats, closed)
+        end = _until_the_end(self._seats, loop, side := self.awaiting())
+        self._seats[loop] = seat = _Seat(side, end, weakref.finalize(self, _drop, loop, end))
+        seat.dropped.atexit = False
         with suppress(StopIteration):
             end.__anext__().send(None)  # Up to its yield; from here on the loop knows it
-        return seat
+        return side
 
 # %% ../nbs/06_sides.ipynb #47ba9bfb
 class _Word(Effect):
@@ -113,8 +135,7 @@ class Sides(_Sides):
     async def _aclose(self) -> None:
         self._close()
         if known := self._seats.get(asyncio.get_running_loop()):
-            with suppress(RuntimeError):  # Somebody else is closing it
-                await known[1].aclose()
+            await _finish(known.end)
 
 # %% ../nbs/06_sides.ipynb #4846a3ff
 class Turns:

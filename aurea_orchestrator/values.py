@@ -231,7 +231,7 @@ def _array_in(data: bytes | memoryview) -> Any:
 def _scalar_parts(value: Any) -> list[Any]:
     "The parts of a numpy scalar. Texts as texts: numpy's own bytes would lose zeros at their end."
     if value.dtype.kind in "US":
-        return ["U", str(value)] if value.dtype.kind == "U" else ["S", bytes(value)]
+        return ["U", str.encode(value, "utf-8", "surrogatepass")] if value.dtype.kind == "U" else ["S", bytes(value)]
     return [_dtype_name(value.dtype), value.tobytes()]
 
 
@@ -241,7 +241,7 @@ def _scalar(parts: list[Any]) -> Any:
 
     name, data = parts
     if name in ("U", "S"):
-        return np.str_(data) if name == "U" else np.bytes_(data)
+        return np.str_(data.decode("utf-8", "surrogatepass")) if name == "U" else np.bytes_(data)
     dtype = _dtype(name)
     if len(data) != dtype.itemsize:
         raise ValueError("a scalar of another size than its dtype")

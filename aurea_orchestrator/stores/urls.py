@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from ..config import Settings, read_size
@@ -30,7 +31,7 @@ def open_engine(
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     sizes = {name: read_size(options.pop(name), name) for name in ("memory", "max_bytes") if name in options}
-    bound = {"max_bytes": sizes["max_bytes"]} if "max_bytes" in sizes else {}
+    bound: Any = {"max_bytes": sizes["max_bytes"]} if "max_bytes" in sizes else {}
     scheme = parts.scheme.lower()
     if scheme in ("memory", "sqlite") and options:
         raise ConfigError(f"{scheme}: has no option {', '.join(options)}; it knows max_bytes and memory")
