@@ -37,7 +37,8 @@ ENV PATH=/opt/aurea/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     XDG_CACHE_HOME=/var/cache/aurea
-WORKDIR /var/cache/aurea
+# The working folder is on the import path, so it is not writable: mount a function of your own here for LLM_BACKEND=mine:answer.
+WORKDIR /app
 USER 10001:10001
 
 EXPOSE 8000

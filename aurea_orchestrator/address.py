@@ -21,6 +21,7 @@ _RIGHT = {
     "redis": "redis://user:password@localhost:6379/0", "unix": "unix:///run/redis.sock?db=0",
     "sentinel": "redis+sentinel://host:26379,host:26379/name?db=0", "cluster": "redis+cluster://host:6379,host:6379",
 }
+_ENCODE = "percent-encode the special characters of user and password (urllib.parse.quote(password, safe=''))"
 _TLS = {"ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
 _SENTINEL = {"sentinel_user", "sentinel_password"}
 
@@ -58,7 +59,7 @@ def read_address(
         raise wrong("its brackets do not match; an IPv6 host is written as [::1]:6379") from None
     rest = parts.path + parts.query + parts.fragment
     if "@" in rest or parts.fragment:
-        raise wrong("percent-encode the special characters of user and password (urllib.parse.quote(password, safe=''))")
+        raise wrong(_ENCODE)
     who, _, where = parts.netloc.rpartition("@")
     user, colon, password = who.partition(":")
     options, path = dict(parse_qsl(parts.query, keep_blank_values=True)), unquote(parts.path)
@@ -99,6 +100,8 @@ def _checked(at: Address, wrong: _Wrong) -> Address:
     "The address, if its parts fit each other."
     known = {"db"} | (_TLS if at.tls else set()) | (_SENTINEL if at.kind == "sentinel" else set())
     if unknown := at.options.keys() - known:
+        if any("@" in name + at.options[name] for name in unknown):
+            raise wrong(_ENCODE)
         raise wrong(f"it has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
     if at.kind == "sentinel" and (not at.path or "/" in at.path):
         raise wrong("after the hosts comes the name under which the Sentinels know the primary")

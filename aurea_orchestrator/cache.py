@@ -365,17 +365,16 @@ def glance(cache: Cache, kind: str, key: str, tally: Tally) -> tuple[Any] | None
     if not cache.enabled or (blob := cache.store.peek(key)) is None:
         return None
     try:
-        entry = codec.header(blob)
-        if cache.clock.now() > entry.born + (entry.ttl or 0.0):
-            return None
-        value = codec.trusted(blob)
+        entry = codec.decode(blob, seal=key.encode())
     except CodecError:
+        return None
+    if cache.clock.now() > entry.born + (entry.ttl or 0.0):
         return None
     tally.add(kind, Outcome.HIT)
     cache.counts.add(kind, Outcome.HIT)
     if cache.bus:
         cache.bus.tell(Event("reply", kind, outcome=Outcome.HIT))
-    return (value,)
+    return (entry.value,)
 
 # %% ../nbs/50_cache.ipynb #78f79724
 class _Cache:

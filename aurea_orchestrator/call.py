@@ -134,7 +134,7 @@ class Binder:
         self._writers = [_writer(p, first, ignored.difference(names)) for p in self.kept]
         self._bind = self.compiled(self.forms)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Form:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Form:
         "The fields of a call in the order of the signature: their names, and their forms."
         return [self.names, self._bind(*args, **kwargs)]
 

@@ -200,7 +200,8 @@ def member(
         raise LookupError("not an Enum")
     found = cls._member_map_.get(name)
     if found is None and Flag in cls.__mro__ and type(value[0]) is int:
-        found = cls(value[0])
+        combine: Any = vars(Flag)["_missing_"]  # Flag's own, whatever the class has put in its place
+        found = cls._value2member_map_.get(value[0]) or combine.__func__(cls, value[0])
     if found is None or value and not _same(found._value_, value[0]):
         raise LookupError("the member has another value than when this was stored")
     return found

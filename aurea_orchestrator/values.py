@@ -74,7 +74,11 @@ _PARTS: dict[type, _Parts] = {
     ZoneInfo: (17, lambda v: (_zone(v),), lambda p: ZoneInfo(*p)),
     date: (18, lambda v: (v.year, v.month, v.day), lambda p: date(*p)),
     time: (19, lambda v: (v.fold, v.hour, v.minute, v.second, v.microsecond, v.tzinfo), lambda p: time(*p[1:], fold=p[0])),
-    datetime: (20, lambda v: (v.fold, *v.timetuple()[:6], v.microsecond, v.tzinfo), lambda p: datetime(*p[1:], fold=p[0])),
+    datetime: (
+        20,
+        lambda v: (v.fold, v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond, v.tzinfo),
+        lambda p: datetime(*p[1:], fold=p[0]),
+    ),
     PurePosixPath: (21, _path, lambda p: PurePosixPath(*p)),
     PureWindowsPath: (22, _path, lambda p: PureWindowsPath(*p)),
     PosixPath: (23, _path, lambda p: PosixPath(*p)),
@@ -320,8 +324,11 @@ _FROM_PARTS: dict[int, Callable[[list[Any]], Any]] = {
 
 def _wrapped(code: int, data: bytes | memoryview) -> Any:
     "What stands under a code."
-    read = _FROM_BYTES.get(code)
-    return _FROM_PARTS[code](_unpack_list(data)) if read is None else read(data)
+    if read := _FROM_BYTES.get(code):
+        return read(data)
+    if build := _FROM_PARTS.get(code):
+        return build(_unpack_list(data))
+    raise ValueError("a code of a later version")
 
 
 _unpack = msgspec.msgpack.Decoder(ext_hook=_wrapped).decode

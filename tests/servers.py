@@ -61,8 +61,8 @@ class Server:
             self.command += ["--save", "", "--appendonly", "no", "--unixsocket", str(self.socket)]
         self.command += ["--bind", "127.0.0.1", "--dir", str(folder), *options]
         self.command += ["--requirepass", password, "--masterauth", password] if password else []
-        self.command += (["--port", "0", "--tls-port", str(self.port), "--tls-cert-file", str(self.ca), "--tls-key-file", str(folder / "ca.key"),
-                          "--tls-ca-cert-file", str(self.ca), "--tls-auth-clients", "no"] if tls else ["--port", str(self.port)])
+        self.command += ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"] if tls else ["--port", str(self.port)]
+        self.command += ["--tls-cert-file", str(self.ca), "--tls-key-file", str(folder / "ca.key"), "--tls-ca-cert-file", str(self.ca)] if tls else []
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -126,7 +126,7 @@ class Sentinels:
         self.servers: list[Server] = []
         try:
             self.primary = self.add(Server(folder / "primary", "--repl-diskless-sync-delay", "0"))
-            self.replica = self.add(Server(folder / "replica", "--replicaof", "127.0.0.1", str(self.primary.port), "--repl-diskless-sync-delay", "0"))
+            self.replica = self.add(Server(folder / "replica", "--replicaof", "127.0.0.1", str(self.primary.port)))
             conf = (f"sentinel monitor main 127.0.0.1 {self.primary.port} 2\nsentinel down-after-milliseconds main 500\n"
                     "sentinel failover-timeout main 3000\n")
             self.sentinels = [self.add(Server(folder / f"sentinel-{n}", sentinel=conf)) for n in range(3)]
@@ -158,28 +158,27 @@ class Cluster:
         ports = free_ports(2 * n)
         try:
             for port, bus in zip(ports[:n], ports[n:], strict=True):
-                self.servers.append(Server(folder / str(port), "--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-node-timeout", "2000", port=port))
-            for at, (server, bus) in enumerate(zip(self.servers, ports[n:], strict=True)):
-                with server.client() as client:
-                    client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", at + 1)
-                    if at < 3: client.execute_command("CLUSTER", "ADDSLOTSRANGE", *((0, 5460), (5461, 10922), (10923, 16383))[at])
-                with self.servers[0].client() as first:
+                options = ("--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-node-timeout", "2000")
+                self.servers.append(Server(folder / str(port), *options, port=port))
+            with self.servers[0].client() as first:
+                for at, (server, bus) in enumerate(zip(self.servers, ports[n:], strict=True)):
+                    with server.client() as client:
+                        client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", at + 1)
+                        if at < 3: client.execute_command("CLUSTER", "ADDSLOTSRANGE", *((0, 5460), (5461, 10922), (10923, 16383))[at])
                     if at: first.execute_command("CLUSTER", "MEET", "127.0.0.1", server.port, bus)
-            until(lambda: all(self.nodes(s).count("connected\n") + self.nodes(s).count("connected ") >= n for s in self.servers), "the nodes to meet")
-            for at, server in enumerate(self.servers[3:]):
-                with server.client() as client, self.servers[at].client() as primary:
-                    until(lambda c=client, p=primary: c.execute_command("CLUSTER", "REPLICATE", p.execute_command("CLUSTER", "MYID").decode()), "a replica")
+            until(lambda: all(self.nodes(server).count("connected") == n for server in self.servers), "the nodes to meet")
+            for primary, server in zip(self.servers, self.servers[3:], strict=False):
+                name = words(primary, "CLUSTER", "MYID")
+                until(lambda name=name, to=server: words(to, "CLUSTER", "REPLICATE", name), "a replica")
             until(lambda: all(self.whole(server) for server in self.servers), "the cluster")
         except BaseException: self.kill(); raise
 
     @staticmethod
-    def nodes(server: Server) -> str:
-        with server.client() as client: return str(client.connection_pool and _raw(client, "CLUSTER", "NODES")) + "\n"
+    def nodes(server: Server) -> str: return words(server, "CLUSTER", "NODES")
 
     def whole(self, server: Server) -> bool:
         nodes = self.nodes(server)
-        with server.client() as client:
-            ok = "cluster_state:ok" in _raw(client, "CLUSTER", "INFO")
+        ok = "cluster_state:ok" in words(server, "CLUSTER", "INFO")
         return ok and nodes.count("slave") == len(self.servers) - 3 and "handshake" not in nodes
 
     @property
@@ -189,11 +188,12 @@ class Cluster:
         for server in self.servers: server.kill()
 
 
-def _raw(client: redis.Redis, *command: str) -> str:
-    "The server's words, as it says them."
-    connection = client.connection_pool.get_connection()
-    try:
-        connection.send_command(*command)
-        return bytes(connection.read_response()).decode()
-    finally:
-        client.connection_pool.release(connection)
+def words(server: Server, *command: str) -> str:
+    "What a server answers, as it says it."
+    with server.client() as client:
+        connection = client.connection_pool.get_connection()
+        try:
+            connection.send_command(*command)
+            return bytes(connection.read_response()).decode()
+        finally:
+            client.connection_pool.release(connection)

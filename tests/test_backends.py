@@ -180,6 +180,16 @@ def test_a_cut_answer_is_returned_but_not_complete(up: Upstream, kind: str, reas
     assert (answer.response, answer.finish_reason, answer.complete) == (expected(PROMPT), reason, complete)
 
 
+def test_null_content_that_was_filtered_or_refused() -> None:
+    def run(message: dict[str, Any], reason: str) -> Answer:
+        body = {"choices": [{"message": {"content": None, **message}, "finish_reason": reason}]}
+        upstream = httpx2.MockTransport(lambda request: httpx2.Response(200, json=body))
+        return asyncio.run(OpenAIBackend("http://u", transport=upstream).generate("p"))
+    filtered, refused = run({}, "content_filter"), run({"refusal": "I cannot help."}, "stop")
+    assert (filtered.response, filtered.complete) == ("", False)
+    assert (refused.response, refused.complete, refused.extra) == ("I cannot help.", True, {"refusal": "I cannot help."})
+
+
 def test_tool_calls_and_parts(up: Upstream) -> None:
     up.fault("tool_calls")
     called = ask(up)
@@ -361,7 +371,9 @@ def test_retry_after_that_does_not_fit_is_not_waited_for(up: Upstream) -> None:
     ({"retry-after": "Thu, 01 Jan 1970 00:00:01 GMT"}, 0.0), ({"retry-after": "Mon, 99 Foo 9999"}, None),
     ({"retry-after-ms": "250"}, 0.25), ({"retry-after-ms": "x", "retry-after": "2"}, None), ({"retry-after-ms": "nan"}, None),
 ])
-def test_forms_of_retry_after(headers: dict[str, str], seconds: float | None) -> None:
+def test_forms_of_retry_after(headers: dict[str, str], seconds: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
     assert retry_after(headers, now=2.0) == seconds
 
 
@@ -466,6 +478,10 @@ def test_what_looks_like_a_key_is_veiled(said: str) -> None:
     assert not any(KEY[at : at + 4] in shown for at in range(len(KEY) - 3)) and "abcd" not in shown and "wxyz" not in shown
 
 
+def test_keys_of_others_are_veiled_too() -> None:
+    assert veil("key sk-live-12345678 or ab***yz of project p", [], []) == "key [key] or [key] of project p"
+
+
 def test_a_veil_leaves_what_is_useful() -> None:
     said = "The model `gpt-9` does not exist or you do not have access to it."
     assert veil(said, [KEY, "x", ""], ["", "it", "Why?"]) == said
@@ -507,6 +523,16 @@ def test_a_loop_that_ends_closes_its_connections(up: Upstream) -> None:
         assert not held[0].is_closed
     asyncio.run(once())
     assert held[0].is_closed
+
+
+@pytest.mark.filterwarnings("ignore:asynchronous generator")
+def test_a_loop_that_goes_on_after_its_end(up: Upstream) -> None:
+    backend, loop = OpenAIBackend(up.url, KEY, "m"), asyncio.new_event_loop()
+    for _ in range(2):
+        assert loop.run_until_complete(backend.generate("p")).response == expected("p")
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(backend.aclose())
+    loop.close()
 
 
 def test_cancelling_ends_the_waiting_and_leaves_the_backend_well(up: Upstream) -> None:
@@ -649,7 +675,8 @@ def test_vectors_of_functions() -> None:
     wrong: list[Any] = [
         wanted[:1],
         [*wanted, [5, 6]], [[1, 2], [3]], [[], []], [[1, math.inf]] * 2, ["ab", "cd"], "ab", None, 7, np.float64(1),
-        np.array(7.0), [None, None], {"a": 1, "b": 2}, [{1: 2}, {3: 4}], np.zeros(2), np.zeros((2, 2, 2)), [[1, 2], [3, "4"]], [[1, 2], [3, 1j]],
+        np.array(7.0), [None, None], {"a": 1, "b": 2}, [{1: 2}, {3: 4}], np.zeros(2), np.zeros((2, 2, 2)),
+        [[1, 2], [3, "4"]], [[1, 2], [3, 1j]],
     ]
     for reply in wrong:
         with pytest.raises(BackendAnswerError): run(reply)

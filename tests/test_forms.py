@@ -164,11 +164,15 @@ def test_contents_count(a, b):
 
 @pytest.mark.parametrize("a, b", [
     (int | None, Optional[int]), (Counter("ab"), Counter("ba")), (MappingProxyType({"a": 1}), {"a": 1}), (Message(content=1, role="a"), Message("a", 1)),
-    (math.nan, -math.nan), (10**5000, 10**5000), (Table(a=1, b=2), Table(b=2, a=1)), (datetime(2024, 1, 1, tzinfo=timezone.utc), datetime(2024, 1, 1, tzinfo=timezone(timedelta(0)))),
+    (math.nan, -math.nan), (Table(a=1, b=2), Table(b=2, a=1)), (datetime(2024, 1, 1, tzinfo=timezone.utc), datetime(2024, 1, 1, tzinfo=timezone(timedelta(0)))),
     (ZoneInfo.no_cache("Europe/Berlin").key and datetime(2024, 1, 1, tzinfo=ZoneInfo.no_cache("Europe/Berlin")), datetime(2024, 1, 1, tzinfo=ZoneInfo("Europe/Berlin"))),
 ])
 def test_the_same_by_another_way(a, b):
     assert written(a) == written(b)
+
+
+def test_huge_integers():
+    assert len({written(10**5000), written(10**5000 + 1), written(-(10**5000))}) == 3
 
 
 def test_a_class_is_known_by_module_and_name_which_cannot_be_glued_otherwise():
@@ -204,11 +208,11 @@ def test_enums_are_told_by_name_and_value():
 
 
 def test_classes_are_told_by_their_fields():
-    def person(**types): return dataclasses.make_dataclass("Person", types.items(), namespace={"__module__": "m"})
+    def person(name_="Person", **types): return dataclasses.make_dataclass(name_, types.items(), namespace={"__module__": "m"})
     assert written(person(name=str)) == written(person(name=str))
     forms = [written(x) for x in (person(name=str), person(name=int), person(name=str, age=int), person(age=int, name=str), TypedDict("Person", {"name": str}))]
     assert len(set(forms)) == len(forms)
-    inner = [written(person(boss=person(name=t))) for t in (str, int)]
+    inner = [written(person(boss=person("Boss", name=t))) for t in (str, int)]
     assert inner[0] != inner[1], "a nested class has changed"
 
 
