@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import ConfigError, UnkeyableError
 from .forms import PLAIN, Form, canonical, encode, instance
-from .shapes import HEAP, attributes
+from .shapes import attributes
 
 # %% auto #0
 __all__ = ['Binder', 'fingerprint', 'identity']
@@ -85,9 +85,7 @@ def _unknown(fn: Callable[..., Any], names: Sequence[str], ignored: Iterable[str
 
 def _blank(value: Any) -> Form | None:
     "The form of an object that is nothing but itself; None if it has any state."
-    kind: Any = type(value)
-    stateless = kind is object or kind.__flags__ & HEAP and not attributes(value)
-    return ["blank", str(kind.__module__), str(kind.__qualname__)] if stateless else None
+    return ["blank", type(value).__module__, type(value).__qualname__] if attributes(value) == [] else None
 
 
 def _writer(p: inspect.Parameter, first: str | None, ignored: set[str]) -> Callable[[Any], Form]:
@@ -254,7 +252,7 @@ def identity(
         return ["partial", identity(fn.func, namespace, version), canonical(fn.args, "args"), canonical(fn.keywords, "keywords")]
     if isinstance(fn, types.MethodType):
         return ["method", identity(fn.__func__, namespace, version), instance(fn.__self__)]
-    if not hasattr(fn, "__qualname__") and type(fn).__flags__ & HEAP:
+    if not hasattr(fn, "__qualname__") and attributes(fn) is not None:
         return ["object", identity(type(fn).__call__, namespace, version), instance(fn)]
     if not hasattr(fn, "__qualname__") or not isinstance(getattr(fn, "__self__", None), (types.ModuleType, types.NoneType)):
         raise ConfigError(f"{_label(fn)} does not show what it is bound to; wrap it in a `def`")

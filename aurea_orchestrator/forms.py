@@ -21,7 +21,7 @@ from uuid import UUID
 import msgspec
 
 from .errors import UnkeyableError
-from .shapes import HEAP, array, attributes, fields, is_array, is_common, schema, title
+from .shapes import array, attributes, fields, is_array, is_common, schema, title
 
 # %% auto #0
 __all__ = ['Form', 'encode', 'PLAIN', 'canonical', 'instance']
@@ -189,15 +189,19 @@ def _name(kind: Any) -> tuple[str, str]:
     return str(kind.__module__), str(kind.__qualname__)
 
 
-def _object(value: Any, kind: type, pairs: Iterable[tuple[str, Any]], depth: int, declared: bool = False) -> Form:
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    if (known := attributes(value, _FORMS)) is None:
+        raise _Refused(f"of type {title(type(value))} extends a class in C and does not show all that is in it")
+    return known
+
+
+def _object(value: Any, kind: type, pairs: Iterable[tuple[str, Any]], depth: int) -> Form:
     "Class, value of the builtin type that it extends, fields or attributes by name."
     out: list[Form] = ["object", *_name(kind), None]
     for base in kind.__mro__:
         if base in _FORMS:
             out[-1] = _FORMS[base](value, depth)
             break
-        if not (declared or base.__flags__ & HEAP or base in msgspec.Struct.__mro__):
-            raise _Refused(f"extends {title(base)}, which does not show what is in it")
     for name, attribute in sorted(pairs):
         try:
             out += _text(name), _walk(attribute, depth)
@@ -212,7 +216,7 @@ def _class(kind: Any, depth: int = 0) -> Form:
         detail = [[_text(name), _member(member, depth)] for name, member in kind.__members__.items()]
     elif not is_common(kind) and (detail := schema(kind)) is None:
         raise _Refused(f"is the class {title(kind)}, which has no JSON schema to know it by")
-    return ["class", *_name(kind), detail]
+    return ["class", *_name(kind), getattr(kind.__base__, "__qualname__", None), detail]
 
 
 def _member(member: Enum, depth: int) -> Form:
@@ -247,7 +251,7 @@ def _other(value: Any, kind: Any, depth: int) -> Form:
     if is_array(value):
         return _array(value)
     if (known := fields(value)) is not None or any(base in _FORMS for base in kind.__mro__):
-        return _object(value, kind, attributes(value) if known is None else known, depth, known is not None)
+        return _object(value, kind, _attributes(value) if known is None else known, depth)
     if isinstance(value, Iterator):
         raise _Refused(f"of type {title(kind)} can be read only once, so it cannot be looked at for a key", "; or pass a list")
     cure = "" if is_common(kind) else f", or give {kind.__name__} a method `__cache_key__`"
@@ -266,7 +270,7 @@ def instance(
     if isinstance(value, Enum) or hasattr(kind, "__cache_key__"):
         return canonical(value, path)
     try:
-        return _object(value, kind, [pair for pair in attributes(value) if pair[0] not in ignore], 0)
+        return _object(value, kind, [pair for pair in _attributes(value) if pair[0] not in ignore], 0)
     except _Refused as no:
         leave = f'ignore=("{path}{no.trail[-1]}",) or ' if no.trail and no.trail[-1].startswith(".") else ""
         raise no.named(path, leave) from None

@@ -149,12 +149,15 @@ class Ask(Effect):
         return await self.answer()
 
 
-def keys_of(kind: str, backend: Backend, asked: Sequence[Mapping[str, Any]]) -> list[str]:
+def keys_of(house: House, kind: str, backend: Backend, asked: Sequence[Mapping[str, Any]]) -> list[str]:
     "The key of each thing that is asked."
+    began = time.perf_counter()
     try:
-        return [keys.make(kind, ["http", backend.identity], canonical(dict(one))) for one in asked]
+        made = [keys.make(kind, ["http", backend.identity], canonical(dict(one))) for one in asked]
     except UnkeyableError as error:
         raise BadRequest(422, str(error)) from None
+    house.cache.bus.tell(Event("key", kind, time.perf_counter() - began))
+    return made
 
 # %% ../nbs/72_routes.ipynb #67830049
 async def generate(house: House, given: dict[str, Any]) -> tuple[list[Reply], bytes]:
@@ -172,7 +175,7 @@ async def generate(house: House, given: dict[str, Any]) -> tuple[list[Reply], by
         facts = {"response": said.response, "model": said.model, "backend": backend.name}
         return [msgspec.json.encode({**said.extra, **facts, "finish_reason": said.finish_reason, "usage": said.usage})]
 
-    asked = keys_of("llm", backend, [{"prompt": prompt, "context": context, "model": model, "params": given}])
+    asked = keys_of(house, "llm", backend, [{"prompt": prompt, "context": context, "model": model, "params": given}])
     request = CacheRequest(
         "llm", asked, lambda _: Ask(answer), house.cache.ttl_of("llm"),
         name="/llm/generate", bypass=fresh, keep=lambda _: all(whole), meta={"name": "/llm/generate"},
@@ -192,7 +195,7 @@ async def embed(house: House, given: dict[str, Any]) -> tuple[list[Reply], bytes
         request.meta["model"] = made.model
         return made.vectors
 
-    asked = keys_of("embedding", backend, [{"text": text, "model": model, "params": given} for text in texts])
+    asked = keys_of(house, "embedding", backend, [{"text": text, "model": model, "params": given} for text in texts])
     request = CacheRequest(
         "embedding", asked, lambda places: Ask(lambda: vectors(places)), house.cache.ttl_of("embedding"),
         name="/embedding/generate", bypass=fresh, meta={"name": "/embedding/generate"},

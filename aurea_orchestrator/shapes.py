@@ -8,20 +8,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import msgspec
 
 # %% auto #0
-__all__ = ['HEAP', 'title', 'is_common', 'fields', 'attributes', 'schema', 'is_array', 'array']
+__all__ = ['title', 'is_common', 'fields', 'attributes', 'schema', 'is_array', 'array']
 
 # %% ../nbs/08_shapes.ipynb #ae0214a7
-HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE, in `kind.__flags__`
-
-
 def title(
     kind: type,  # A class
 ) -> str:        # Its name for people
@@ -58,29 +55,40 @@ def fields(
     return [(name, getattr(value, name)) for name in names if hasattr(value, name)]
 
 # %% ../nbs/08_shapes.ipynb #ab20a419
-_SLOTS: WeakKeyDictionary[type, tuple[list[str], set[str]]] = WeakKeyDictionary()
+class _Shape(NamedTuple):
+    slots: list[str]    # All of them, from all bases
+    lazy: set[str]      # What is computed once
+    opaque: list[type]  # Classes with more in them than they show
 
 
-def _slots(kind: Any) -> tuple[list[str], set[str]]:
-    "The slots of a class and its bases, and the names of what is computed once."
-    slots, lazy = list[str](), {name for k in kind.__mro__ for name, v in vars(k).items() if isinstance(v, cached_property)}
-    for k in kind.__mro__:
+_SHAPES: WeakKeyDictionary[type, _Shape] = WeakKeyDictionary()
+
+
+def _shape(kind: Any) -> _Shape:
+    shape = _Shape([], {name for k in kind.__mro__ for name, v in vars(k).items() if isinstance(v, cached_property)}, [])
+    for k in kind.__mro__[:-1]:
         own = vars(k).get("__slots__", ())
-        for slot in [own] if isinstance(own, str) else own:
-            slots.append(f"_{k.__name__.lstrip('_')}{slot}" if slot.startswith("__") and not slot.endswith("__") else slot)
-    return [slot for slot in slots if slot not in ("__dict__", "__weakref__", "__pydantic_fields_set__")], lazy
+        own = [own] if isinstance(own, str) else list(own)
+        mangled = (f"_{k.__name__.lstrip('_')}{slot}" if slot.startswith("__") and not slot.endswith("__") else slot for slot in own)
+        shape.slots.extend(slot for slot in mangled if slot not in ("__dict__", "__weakref__", "__pydantic_fields_set__"))
+        shown = len(own) + ("__dict__" in vars(k)) + ("__weakref__" in vars(k))
+        if k.__basicsize__ > k.__base__.__basicsize__ + shown * tuple.__itemsize__ and not issubclass(k, msgspec.Struct.__mro__[:-1]):
+            shape.opaque.append(k)
+    return shape
 
 
 def attributes(
-    value: Any,              # Any object
-) -> list[tuple[str, Any]]:  # Names and values
+    value: Any,                        # Any object
+    known: Container[type] = (),       # Types in C that need not be seen through
+) -> list[tuple[str, Any]] | None:     # Names and values; None if there is more to it than can be seen
     "What an object knows, without what it computed from that."
     kind = type(value)
-    if (known := _SLOTS.get(kind)) is None:
-        known = _SLOTS[kind] = _slots(kind)
-    slots, lazy = known
-    found = [pair for pair in getattr(value, "__dict__", {}).items() if pair[0] not in lazy]
-    return [*found, *((slot, getattr(value, slot)) for slot in slots if hasattr(value, slot))] if slots else found
+    if (shape := _SHAPES.get(kind)) is None:
+        shape = _SHAPES[kind] = _shape(kind)
+    if shape.opaque and not all(k in known for k in shape.opaque):
+        return None
+    found = [pair for pair in getattr(value, "__dict__", {}).items() if pair[0] not in shape.lazy]
+    return [*found, *((slot, getattr(value, slot)) for slot in shape.slots if hasattr(value, slot))] if shape.slots else found
 
 # %% ../nbs/08_shapes.ipynb #8b32d1db
 _SCHEMAS: WeakKeyDictionary[type, str] = WeakKeyDictionary()

@@ -62,7 +62,8 @@ class Server:
         self.command += ["--bind", "127.0.0.1", "--dir", str(folder), *options]
         self.command += ["--requirepass", password, "--masterauth", password] if password else []
         self.command += ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"] if tls else ["--port", str(self.port)]
-        self.command += ["--tls-cert-file", str(self.ca), "--tls-key-file", str(folder / "ca.key"), "--tls-ca-cert-file", str(self.ca)] if tls else []
+        pem = {"cert": self.ca, "key": folder / "ca.key", "ca-cert": self.ca} if tls else {}
+        for part, path in pem.items(): self.command += [f"--tls-{part}-file", str(path)]
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 

@@ -374,7 +374,10 @@ def test_retry_after_that_does_not_fit_is_not_waited_for(up: Upstream) -> None:
 def test_forms_of_retry_after(headers: dict[str, str], seconds: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
-    assert retry_after(headers, now=2.0) == seconds
+    try: assert retry_after(headers, now=2.0) == seconds
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize("act", ["generate", "embed"])

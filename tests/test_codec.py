@@ -494,7 +494,7 @@ def test_floats_are_packed_without_losing_a_bit():
         np.array(["a\0b", "\ud800"]),
         np.array([b"x\0"]),
         np.array(["NaT", "2020-01-01"], "M8[25s]"),
-        np.array([1], "m8"),
+        np.array([1], "m8[s]"),
         np.longlong(5),
         np.array([5], "q"),
         np.str_("end\0"),

@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     old = EXAMPLE.read_text("utf-8") if EXAMPLE.exists() else ""
     if old != new:
         print(*difflib.unified_diff(old.splitlines(), new.splitlines(), ".env.example", "as settings are", "", "", 2, ""), sep="\n")
-        print(".env.example and Settings differ; make envexample, or: python tools/envexample.py")
+        print(".env.example and Settings differ; write it anew: python tools/envexample.py")
     return old != new
 
 

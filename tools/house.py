@@ -118,7 +118,7 @@ def _imports(source: str) -> Iterator[tuple[str, bool]]:
             if id(node) in lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _typing_only(node): lazy.add(id(child))
         if isinstance(node, ast.ImportFrom):
             if node.level: yield ".", False
-            elif node.module == PKG: yield from ((f"{PKG}.{a.name}", id(node) in lazy) for a in node.names)
+            elif node.module == PKG: yield from ((f"{PKG}.{a.name}", id(node) in lazy) for a in node.names if a.name != "__version__")
             elif node.module: yield node.module, id(node) in lazy
         if isinstance(node, ast.Import): yield from ((a.name, id(node) in lazy) for a in node.names)
 

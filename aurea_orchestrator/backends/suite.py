@@ -47,11 +47,13 @@ class _BackendScene:
         raise AssertionError("it answered, where it should have failed")
 
     def test_it_says_who_is_asked(self) -> None:
+        "Name, identity, and what `default` stands for."
         one, two = self.make(), self.make()
         assert one.name and one.identity and one.identity == two.identity, "a key needs an identity that is the same in every process"
         assert one.resolve("default") == one.resolve(None) == one.default_model and one.resolve("m") == "m"
 
     def test_what_it_cannot_do_it_says(self) -> None:
+        "With a `BackendError`."
         if not self.generates:
             self.fails(lambda backend: backend.generate("hello"))
         if not self.embeds:
@@ -62,11 +64,13 @@ class _BackendAnswers(_BackendScene):
     "What every backend that generates does."
 
     def test_an_answer_is_a_text_and_a_model(self) -> None:
+        "An `Answer`, and whether it is complete."
         if self.generates:
             answer = self.play(lambda backend: backend.generate("Say hello.", context="Be brief."))
             assert isinstance(answer, Answer) and isinstance(answer.response, str) and answer.model and isinstance(answer.complete, bool)
 
     def test_answers_at_once_are_not_mixed_up(self) -> None:
+        "Many prompts at once, each with its own answer."
         prompts = [f"What is {n} plus {n}?" for n in range(12)]
         async def at_once(backend: Backend) -> list[str]:
             return [answer.response for answer in await asyncio.gather(*map(backend.generate, prompts))]
@@ -77,6 +81,7 @@ class _BackendAnswers(_BackendScene):
             assert len(together) == len(prompts) and (not self.repeats or together == alone)
 
     def test_it_opens_again_after_it_was_closed_and_in_another_loop(self) -> None:
+        "Closed twice, left open, and used by four loops."
         backend = self.make()
         async def use() -> None:
             for _ in range(2):
@@ -95,6 +100,7 @@ class BackendSuite(_BackendAnswers):
     texts = ("a cat", "a cat", "something else altogether", "ein Kätzchen 🐈", "x" * 3000)
 
     def test_one_vector_for_each_text(self) -> None:
+        "Plain finite floats, one dimension."
         if self.embeds:
             made = self.play(lambda backend: backend.embed(list(self.texts)))
             assert isinstance(made, Embeddings) and made.model and len(made.vectors) == len(self.texts)
@@ -102,6 +108,7 @@ class BackendSuite(_BackendAnswers):
             assert len({len(vector) for vector in made.vectors}) == 1 and made.vectors[0]
 
     def test_vectors_stay_with_their_texts(self) -> None:
+        "Forwards, backwards and one by one."
         async def ways(backend: Backend) -> list[list[list[float]]]:
             turned = (await backend.embed(self.texts[::-1])).vectors[::-1]
             return [(await backend.embed(list(self.texts))).vectors, turned, [(await backend.embed([t])).vectors[0] for t in self.texts]]
@@ -110,5 +117,6 @@ class BackendSuite(_BackendAnswers):
             assert whole == turned == alone and whole[0] == whole[1] != whole[2]
 
     def test_no_texts_no_vectors(self) -> None:
+        "An empty list is no mistake."
         if self.embeds:
             assert self.play(lambda backend: backend.embed([])).vectors == []

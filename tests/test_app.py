@@ -1,0 +1,258 @@
+"""The endpoints, over the ASGI interface."""
+from __future__ import annotations
+
+import json
+import logging
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+
+from aurea_orchestrator.config import Settings
+from aurea_orchestrator.main import create_app
+from tests.upstream import Upstream, expected, vector
+
+
+@pytest.fixture(scope="module")
+def _upstream():
+    with Upstream() as up: yield up
+
+
+@pytest.fixture
+def upstream(_upstream):
+    httpx2.post(f"{_upstream.url.removesuffix('/v1')}/reset", trust_env=False)
+    return _upstream
+
+
+def fault(up, **what): httpx2.post(f"{up.url.removesuffix('/v1')}/fault", json=what, trust_env=False)
+
+
+@pytest.fixture
+async def make():
+    made = []
+    def _make(**settings):
+        app = create_app(Settings(_env_file=None, **{"cache_url": "memory://", "llm_timeout": 2, "host": "127.0.0.1", **settings}))
+        client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://aurea", timeout=30)
+        made.append((app, client))
+        return client
+    yield _make
+    for app, client in made:
+        await client.aclose()
+        await app.state.shut()
+
+
+def base(up): return {"llm_base_url": up.url, "llm_api_key": "sk-very-secret", "llm_model": "m"}
+
+
+async def test_seed_endpoints(make):
+    client = make(api_key="k")
+    root = (await client.get("/")).json()
+    assert root["name"] == "aurea-orchestrator" and root["version"] and root["cache_enabled"] is True
+    health = await client.get("/health")
+    assert health.status_code == 200 and health.json() == {"status": "healthy"}
+    ready = (await client.get("/ready")).json()
+    assert ready["status"] == "ready" and ready["store"]["name"] == "memory" and ready["backends"]["llm"]["name"] == "demo" and ready["degraded"] == []
+
+
+async def test_miss_and_hit_have_the_same_bytes(make, upstream):
+    client = make(**base(upstream))
+    miss = await client.post("/llm/generate", params={"prompt": "Why?", "context": "c"})
+    hit = await client.post("/llm/generate", json={"prompt": "Why?", "context": "c", "model": "m"})
+    assert miss.status_code == hit.status_code == 200 and miss.content == hit.content
+    assert miss.json()["response"] == expected("Why?", "c") and miss.json()["backend"] == "openai" and miss.json()["model"] == "m"
+    assert (miss.headers["x-cache"], hit.headers["x-cache"]) == ("miss", "hit")
+    assert "fwd=miss" in miss.headers["cache-status"] and "stored" in miss.headers["cache-status"] and hit.headers["cache-status"].startswith("aurea; hit")
+    assert hit.headers["age"].isdigit() and 'key="llm:' in hit.headers["cache-status"] and 'ttl=3' in hit.headers["cache-status"]
+    assert upstream.calls()["chat"] == 1
+    fresh = await client.post("/llm/generate", json={"prompt": "Why?", "context": "c", "bypass_cache": True})
+    assert fresh.headers["x-cache"] == "bypass" and upstream.calls()["chat"] == 2 and "fwd=request" in fresh.headers["cache-status"]
+    assert (await client.post("/llm/generate?prompt=Why%3F&context=c&bypass_cache=1")).headers["x-cache"] == "bypass"
+
+
+async def test_every_parameter_is_in_the_key_and_forwarded(make, upstream):
+    client = make(**base(upstream))
+    bodies = [{"prompt": "p"}, {"prompt": "p", "temperature": 0.5}, {"prompt": "p", "temperature": 1}, {"prompt": "p", "context": "c"}, {"prompt": "p", "model": "n"}, {"prompt": "p", "stop": ["a"]}]
+    for want in ("miss", "hit"):
+        assert [(await client.post("/llm/generate", json=b)).headers["x-cache"] for b in bodies] == [want] * len(bodies)
+    assert upstream.calls()["chat"] == len(bodies)
+    assert (await client.post("/llm/generate", json={"prompt": "p", "temperature": 0.5})).json()["response"] == expected("p", temperature=0.5)
+
+
+async def test_embeddings(make, upstream):
+    client = make(**base(upstream))
+    one = await client.post("/embedding/generate", params={"text": "a"})
+    assert one.json()["embedding"] == vector("a") and one.headers["x-cache"] == "miss"
+    again = await client.post("/embedding/generate", json={"text": "a"})
+    assert again.content == one.content and again.headers["x-cache"] == "hit"
+    many = await client.post("/embedding/generate", json={"text": ["b", "a", "c", "b"]})
+    assert many.json()["embedding"] == [vector(t) for t in "bacb"]
+    assert (many.headers["x-cache"], many.headers["x-cache-hits"], many.headers["x-cache-misses"]) == ("miss", "2", "2")
+    assert upstream.calls()["embeddings"] == 2 and upstream.calls()["texts"] == 3
+    full = await client.post("/embedding/generate", json={"text": ["b", "a", "c", "b"]})
+    assert full.content == many.content and full.headers["x-cache"] == "hit"
+    stats = (await client.get("/cache/stats")).json()
+    assert stats["embedding"] == {"hits": 1 + 2 + 4, "misses": 3} and stats["total"]["hit_rate"] == 70.0
+
+
+@pytest.mark.parametrize("path, given, status, says", [
+    ("/llm/generate", {}, 422, "'prompt' is missing"),
+    ("/llm/generate", {"json": {"prompt": ""}}, 422, "empty"),
+    ("/llm/generate", {"params": {"prompt": "  "}}, 422, "empty"),
+    ("/llm/generate", {"json": {"prompt": ["a"]}}, 422, "must be a string"),
+    ("/llm/generate", {"json": {"prompt": "a", "context": 5}}, 422, "'context' must be a string"),
+    ("/llm/generate", {"json": {"prompt": "a", "bypass_cache": "perhaps"}}, 422, "true or false"),
+    ("/llm/generate", {"json": {"prompt": "a", "stream": True}}, 422, "stream"),
+    ("/llm/generate", {"json": [1]}, 422, "send an object"),
+    ("/llm/generate", {"content": b"{\"prompt\": \"a", "headers": {"content-type": "application/json"}}, 400, "not valid JSON"),
+    ("/llm/generate", {"content": b"{\"prompt\": \"\xff\xfe\"}", "headers": {"content-type": "application/json"}}, 400, "UTF-8"),
+    ("/llm/generate", {"content": b"prompt=a", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 415, "application/json"),
+    ("/llm/generate", {"params": {"prompt": "a"}, "json": {"prompt": "b"}}, 422, "give it once"),
+    ("/llm/generate", {"params": {"prompt": "a", "temperature": "1"}}, 422, "unknown query parameter"),
+    ("/llm/generate", {"content": b"[" * 100_000}, 400, "not valid JSON"),
+    ("/embedding/generate", {"json": {"text": []}}, 422, "empty list"),
+    ("/embedding/generate", {"json": {"text": ["a", ""]}}, 422, "text[1]"),
+    ("/embedding/generate", {"json": {"text": {"a": 1}}}, 422, "must be a string"),
+    ("/cache/clear", {"params": {"kind": "No Kind"}}, 422, "kind"),
+    ("/cache/clear", {"params": {"namespace": "a:b"}}, 422, "namespace"),
+    ("/cache/clear", {"params": {"knid": "llm"}}, 422, "knid"),
+])  # fmt: skip
+async def test_bad_input_is_told_what_to_do(make, path, given, status, says):
+    reply = await make().post(path, **given)
+    assert reply.status_code == status and says in reply.json()["detail"], reply.text
+
+
+async def test_a_body_of_50_mb(make):
+    client = make()
+    body = json.dumps({"prompt": "x" * 50_000_000}).encode()
+    reply = await client.post("/llm/generate", content=body)
+    assert reply.status_code == 413 and "MAX_BODY" in reply.json()["detail"]
+
+
+@pytest.mark.parametrize("kind, status", [("500", 502), ("401", 502), ("404", 502), ("400", 400), ("422", 422), ("html", 502), ("garbage", 502), ("half", 502), ("reset", 502), ("empty", 502), ("no_choices", 502), ("error_in_200", 502)])
+async def test_an_upstream_failure_has_its_status_and_is_never_stored(make, upstream, kind, status):
+    client = make(**base(upstream))
+    fault(upstream, kind=kind, times=50)
+    bad = await client.post("/llm/generate", json={"prompt": "p"})
+    assert bad.status_code == status and bad.json()["detail"] and bad.headers["x-cache"] == "error", bad.text
+    assert "sk-very-secret" not in bad.text
+    httpx2.post(f"{upstream.url.removesuffix('/v1')}/reset", trust_env=False)
+    good = await client.post("/llm/generate", json={"prompt": "p"})
+    assert good.status_code == 200 and good.headers["x-cache"] == "miss" and good.json()["response"] == expected("p")
+    stats = (await client.get("/cache/stats")).json()
+    assert stats["llm"] == {"hits": 0, "misses": 2} and stats["outcomes"]["llm"]["error"] == 1
+
+
+async def test_429_keeps_its_retry_after_and_silence_is_504(make, upstream):
+    client = make(**base(upstream))
+    fault(upstream, kind="429", times=50, retry_after=7)
+    busy = await client.post("/llm/generate", json={"prompt": "p"})
+    assert busy.status_code == 429 and busy.headers["retry-after"] == "7"
+    httpx2.post(f"{upstream.url.removesuffix('/v1')}/reset", trust_env=False)
+    fault(upstream, kind="hang", times=50)
+    silent = await client.post("/llm/generate", json={"prompt": "q"})
+    assert silent.status_code == 504 and "timeout" in silent.json()["detail"].lower()
+
+
+@pytest.mark.parametrize("kind", ["length", "filter"])
+async def test_truncated_and_filtered_answers_are_returned_but_not_stored(make, upstream, kind):
+    client = make(**base(upstream))
+    fault(upstream, kind=kind, times=1)
+    first = await client.post("/llm/generate", json={"prompt": "p"})
+    assert first.status_code == 200 and first.json()["finish_reason"] in ("length", "content_filter") and "stored" not in first.headers["cache-status"]
+    assert (await client.post("/llm/generate", json={"prompt": "p"})).headers["x-cache"] == "miss"
+
+
+@pytest.mark.parametrize("kind", ["wrong_count", "too_many", "ragged", "nan"])
+async def test_a_wrong_batch_is_refused_and_not_stored(make, upstream, kind):
+    client = make(**base(upstream))
+    fault(upstream, kind=kind, times=1, on="embeddings")
+    assert (await client.post("/embedding/generate", json={"text": ["a", "b"]})).status_code == 502
+    good = await client.post("/embedding/generate", json={"text": ["a", "b"]})
+    assert good.json()["embedding"] == [vector("a"), vector("b")] and good.headers["x-cache-misses"] == "2"
+
+
+async def test_keys_protect_the_cache(make):
+    client = make(api_key="old-key, new-key")
+    for path, call in (("/cache/stats", client.get), ("/cache/clear", client.post)):
+        for headers in ({}, {"x-api-key": "wrong"}, {"x-api-key": ""}, {"x-api-key": "old-key,new-key"}, {"x-api-key": "ключ".encode()}):
+            reply = await call(path, headers=headers)
+            assert reply.status_code == 401 and "X-API-Key" in reply.json()["detail"] and "www-authenticate" in reply.headers
+        for key in ("old-key", "new-key"): assert (await call(path, headers={"x-api-key": key})).status_code == 200
+    assert (await make().get("/cache/stats")).status_code == 200
+    for path in ("/", "/health", "/ready", "/metrics"): assert (await client.get(path)).status_code == 200
+
+
+async def test_clear(make):
+    client = make()
+    for prompt in "ab": await client.post("/llm/generate", json={"prompt": prompt})
+    await client.post("/embedding/generate", json={"text": "a"})
+    assert (await client.post("/cache/clear", params={"kind": "embedding"})).json() == {"message": "Cache cleared successfully", "deleted_keys": 1}
+    assert (await client.post("/cache/clear", json={"namespace": "team"})).json()["deleted_keys"] == 0
+    assert (await client.post("/cache/clear")).json()["deleted_keys"] == 2
+    assert (await client.post("/llm/generate", json={"prompt": "a"})).headers["x-cache"] == "miss"
+
+
+async def test_metrics_and_stats_agree(make):
+    client = make()
+    for prompt in "aabac": await client.post("/llm/generate", json={"prompt": prompt})
+    await client.post("/llm/generate", json={"prompt": "a", "bypass_cache": True})
+    await client.post("/nowhere/at/all")
+    page = (await client.get("/metrics")).text
+    for line in ('cache_hits_total{cache_type="llm"} 2.0', 'cache_misses_total{cache_type="llm"} 3.0', "cache_hit_rate 40.0", 'cache_outcomes_total{cache_type="llm",outcome="bypass"} 1.0',
+                 'http_requests_total{method="POST",path="/llm/generate",status="200"} 6.0', 'http_requests_total{method="POST",path="other",status="404"} 1.0', "cache_store_up 1.0",
+                 'cache_step_duration_seconds_count{cache_type="llm",step="compute"} 4.0'):  # fmt: skip
+        assert line in page, line
+    for step in ("request", "key", "lookup", "lease", "compute", "store", "reply"):
+        assert f'cache_step_duration_seconds_count{{cache_type="llm",step="{step}"}} 0.0' not in page, step
+    stats = (await client.get("/cache/stats")).json()
+    assert stats["llm"] == {"hits": 2, "misses": 3} and stats["total"] == {"hits": 2, "misses": 3, "requests": 5, "hit_rate": 40.0}
+
+
+async def test_disabled(make, upstream):
+    client = make(cache_enabled=False, **base(upstream))
+    replies = [await client.post("/llm/generate", json={"prompt": "p"}) for _ in range(2)]
+    assert [r.headers["x-cache"] for r in replies] == ["bypass"] * 2 and "fwd=bypass" in replies[0].headers["cache-status"] and upstream.calls()["chat"] == 2
+    assert (await client.get("/")).json()["cache_enabled"] is False
+
+
+async def test_mounted_under_a_prefix_in_another_app(upstream):
+    outer = FastAPI()
+    inner = create_app(Settings(_env_file=None, cache_url="memory://", **base(upstream)))
+    outer.mount("/ai", inner)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(outer), base_url="http://outer") as client:
+        assert [(await client.post("/ai/llm/generate", json={"prompt": "p"})).headers["x-cache"] for _ in range(2)] == ["miss", "hit"]
+        assert (await client.get("/ai/health")).json() == {"status": "healthy"}
+        assert 'path="/llm/generate"' in (await client.get("/ai/metrics")).text
+        assert (await client.get("/ai/")).json()["docs"] == "/ai/docs"
+    await inner.state.shut()
+
+
+async def test_openapi_has_examples(make):
+    client = make()
+    schema = (await client.get("/openapi.json")).json()
+    post = schema["paths"]["/llm/generate"]["post"]
+    assert {p["name"] for p in post["parameters"]} == {"prompt", "context", "model", "bypass_cache"}
+    assert post["requestBody"]["content"]["application/json"]["example"]["prompt"] and "502" in post["responses"]
+    assert (await client.get("/docs")).status_code == 200
+
+
+async def test_secrets_are_nowhere(make, upstream, caplog):
+    caplog.set_level(logging.DEBUG)
+    client = make(**base(upstream), api_key="door-key", debug=True)
+    fault(upstream, kind="500", times=1, message="your key {key} and body {body}")
+    await client.post("/llm/generate", json={"prompt": "a very private prompt"})
+    await client.post("/llm/generate", json={"prompt": "a very private prompt", "context": "private context"})
+    await client.get("/cache/stats", headers={"x-api-key": "door-key"})
+    seen = caplog.text + (await client.get("/metrics")).text + (await client.get("/ready")).text
+    for secret in ("sk-very-secret", "door-key", "private"): assert secret not in seen
+
+
+async def test_a_user_function_answers(make, tmp_path, monkeypatch):
+    (tmp_path / "mymodels.py").write_text("calls = []\ndef ask(prompt, model='mine'):\n    calls.append(prompt)\n    return prompt.upper()\nasync def embed(texts):\n    return [[float(len(t)), 0.5] for t in texts]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    client = make(llm_backend="mymodels:ask", embedding_backend="mymodels:embed")
+    replies = [await client.post("/llm/generate", json={"prompt": "hi"}) for _ in range(2)]
+    assert replies[0].json()["response"] == "HI" and replies[0].json()["backend"] == "function" and replies[1].headers["x-cache"] == "hit"
+    refused = await client.post("/llm/generate", json={"prompt": "hi", "temperature": 1})
+    assert refused.status_code == 400 and "temperature" in refused.json()["detail"]
+    assert (await client.post("/embedding/generate", json={"text": ["a", "bb"]})).json()["embedding"] == [[1.0, 0.5], [2.0, 0.5]]
