@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -81,11 +82,15 @@ def sweep_workers(folder: Path) -> None:
             sort, _, pid = file.stem.rpartition("_")
             if not pid.isdigit() or psutil.pid_exists(int(pid)):
                 continue
-            whole, part = MmapedDict(str(folder / f"{sort}_gone.db")), MmapedDict(str(file), read_mode=True)
-            for key, value, _, _ in part.read_all_values():
+            gone, draft = folder / f"{sort}_gone.db", folder / f"{sort}_gone.draft"
+            if gone.exists():
+                shutil.copyfile(gone, draft)
+            whole, part = MmapedDict(str(draft)), MmapedDict(str(file), read_mode=True)
+            for key, value, _ in part.read_all_values():
                 whole.write_value(key, whole.read_value(key)[0] + value, 0.0)
             whole.close()
             part.close()
+            draft.replace(gone)
             file.unlink()
 
 # %% ../nbs/70_metrics.ipynb #dec59a2a
@@ -94,8 +99,11 @@ def _prepare(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if "prometheus_client" not in sys.modules:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    sweep_servers()
-    sweep_workers(folder)
+    try:
+        sweep_servers()
+        sweep_workers(folder)
+    except Exception:
+        _log.exception("the metrics of workers that are gone could not be merged in %s; they stay as they are", folder)
 
 
 class _Meters:

@@ -159,7 +159,8 @@ class Cluster:
         ports = free_ports(2 * n)
         try:
             for port, bus in zip(ports[:n], ports[n:], strict=True):
-                options = ("--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-node-timeout", "2000")
+                options = ("--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-node-timeout", "2000",
+                           "--repl-diskless-sync-delay", "0")
                 self.servers.append(Server(folder / str(port), *options, port=port))
             with self.servers[0].client() as first:
                 for at, (server, bus) in enumerate(zip(self.servers, ports[n:], strict=True)):
@@ -172,6 +173,7 @@ class Cluster:
                 name = words(primary, "CLUSTER", "MYID")
                 until(lambda name=name, to=server: words(to, "CLUSTER", "REPLICATE", name), "a replica")
             until(lambda: all(self.whole(server) for server in self.servers), "the cluster")
+            for server in self.servers[3:]: until(lambda to=server: "master_link_status:up" in words(to, "INFO", "replication"), "a copy")
         except BaseException: self.kill(); raise
 
     @staticmethod

@@ -25,7 +25,7 @@ from aurea_orchestrator.forms import canonical, encode
 
 ROOT = Path(__file__).parent.parent
 
-# ---- binding, against the interpreter and inspect
+# ---- binding, against the interpreter
 
 P = inspect.Parameter
 NAMES = ["a", "b", "c", "type", "plain", "rest", "d_a", "_", "__f", "float", "self", "set"]
@@ -42,31 +42,30 @@ def functions(draw: Any) -> Any:
             optional = draw(st.booleans()) if kind is P.KEYWORD_ONLY else optional or draw(st.booleans())
             parameters.append(P(name, kind, default=draw(st.integers(0, 2)) if optional else P.empty))
     space: dict[str, Any] = {}
-    exec(f"def asked{inspect.Signature(parameters)}: return 'called'", space)
+    exec(f"def asked{inspect.Signature(parameters)}: return locals()", space)
     return space["asked"]
 
 
 calls = st.tuples(st.lists(st.integers(0, 2), max_size=6), st.dictionaries(st.sampled_from([*NAMES, "x", "y"]), st.integers(0, 2), max_size=5))
 
 
-def bound(fn: Any, args: Any, kwargs: Any) -> Any:
-    "What inspect says that the call means."
-    found = inspect.signature(fn).bind(*args, **kwargs)
-    found.apply_defaults()
-    return found.arguments
+def bound(fn: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    "What the interpreter makes of the call, in the order of the signature. (`inspect` is not asked: it refuses some good calls in 3.12.)"
+    found = fn(*args, **kwargs)
+    return {name: found[name] for name in inspect.signature(fn).parameters}
 
 
 @given(functions(), calls)
-def test_a_call_binds_as_inspect_says_or_fails_as_the_function_would(fn, call):
+def test_a_call_binds_as_python_does_or_fails_as_the_function_would(fn, call):
     args, kwargs = call
-    try: fn(*args, **kwargs)
+    try: meaning = bound(fn, args, kwargs)
     except TypeError as error:
         with pytest.raises(TypeError, match=f"^{re.escape(str(error))}$"): Binder(fn)(*args, **kwargs)
         return
     stars = {P.VAR_POSITIONAL: "*", P.VAR_KEYWORD: "**"}
     names, forms = Binder(fn)(*args, **kwargs)
     assert names == [stars.get(p.kind, "") + p.name for p in inspect.signature(fn).parameters.values()]
-    assert encode(forms) == encode([canonical(value) for value in bound(fn, args, kwargs).values()])
+    assert encode(forms) == encode([canonical(value) for value in meaning.values()])
 
 
 @given(st.data(), functions())

@@ -155,7 +155,7 @@ def test_the_command_serve_says_when_the_port_is_taken(tmp_path):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen(1)
-        run = subprocess.run([sys.executable, "-m", "aurea_orchestrator.cli", "serve", "--host", "127.0.0.1", "--port", str(busy.getsockname()[1])], capture_output=True, text=True, timeout=60, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        run = subprocess.run([sys.executable, "-c", "from aurea_orchestrator.cli import main; main()", "serve", "--host", "127.0.0.1", "--port", str(busy.getsockname()[1])], capture_output=True, text=True, timeout=60, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert run.returncode == 1 and re.search(r"port \d+ is taken", run.stderr) and "Traceback" not in run.stderr
 
 

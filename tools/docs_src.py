@@ -67,7 +67,10 @@ def fields(cls: ast.ClassDef, said: dict[int, str]) -> list[tuple[str, str, str,
         value, text = node.value, said.get(node.end_lineno or 0) or said.get(node.lineno, "")
         if isinstance(value, ast.Call):                                     # Field(default, description="…")
             text = text or next((str(ast.literal_eval(k.value)) for k in value.keywords if k.arg == "description"), "")
-            if ast.unparse(value.func).endswith("ield"): value = next(iter(value.args), None)
+            if ast.unparse(value.func).endswith("ield"):
+                given = [*value.args[:1], *(k.value for k in value.keywords if k.arg == "default")]
+                made = [ast.Constant(...)] if any(k.arg == "default_factory" for k in value.keywords) else []
+                value = next(iter(given + made), None)
         follows = cls.body[i + 1] if i + 1 < len(cls.body) else None
         if not text and isinstance(follows, ast.Expr) and isinstance(follows.value, ast.Constant): text = str(follows.value.value)
         rows.append((target.id, kind, "" if value is None else ast.unparse(value), text))

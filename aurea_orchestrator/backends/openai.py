@@ -14,7 +14,7 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -111,6 +111,9 @@ class Pause:
         return max(asked or 0.0, self.random() * min(self.most, self.first * 2.0 ** min(tries - 1, 32)))
 
 # %% ../../nbs/42_backends.openai.ipynb #a9930de2
+_certificates = cache(httpx2.create_ssl_context)
+
+
 class _Clients:
     "An HTTP client for each running loop."
 
@@ -181,7 +184,7 @@ class _Wire:
     def __init__(self, address: _Address, pause: Pause, transport: httpx2.AsyncBaseTransport | None) -> None:
         self.address, self.pause = address, pause
         self._clients = _Clients(lambda: httpx2.AsyncClient(
-            headers=address.headers, transport=transport, follow_redirects=False,
+            headers=address.headers, transport=transport, verify=_certificates(), follow_redirects=False,
             timeout=httpx2.Timeout(None, connect=5.0),  # As the official client; the rest is bounded by the budget of the call
             limits=httpx2.Limits(max_connections=256, max_keepalive_connections=100, keepalive_expiry=30.0),
         ))

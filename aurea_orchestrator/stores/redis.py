@@ -35,15 +35,19 @@ _Own: TypeAlias = Callable[[], _Client] | None  # Makes a client of the user's o
 _QUIET = {"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}
 
 
+def _waits(seconds: float | None) -> dict[str, Any]:
+    return {"socket_timeout": seconds, "socket_connect_timeout": seconds}
+
+
 def _open(
     at: Address,
     module: Any,            # `redis` or `redis.asyncio`
-    timeout: float | None,  # Seconds of one wait
+    timeout: float,         # Seconds of one wait
     limit: int,             # Connections, to each server
 ) -> tuple[_Client, list[_Client]]:
     "Make a client. All but the blocking one of a cluster connect at their first command."
     retry = (Retry if module is redis else AsyncRetry)(NoBackoff(), 0)
-    link: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "protocol": 2, "retry": retry, **_QUIET}
+    link: dict[str, Any] = {**_waits(timeout if module is redis else None), "protocol": 2, "retry": retry, **_QUIET}
     if at.tls:
         tls = {name: value for name, value in at.options.items() if name.startswith("ssl_")}
         link |= {"ssl": True, "ssl_check_hostname": tls.get("ssl_cert_reqs", "required") == "required", **tls}
@@ -54,12 +58,12 @@ def _open(
         return client, [client]
     if at.kind == "sentinel":
         theirs = {"username": at.options.get("sentinel_user"), "password": at.options.get("sentinel_password")}
-        sentinel = module.Sentinel(at.hosts, sentinel_kwargs=link | theirs, db=at.db, **link)
+        asked = link | theirs | _waits(timeout / (len(at.hosts) + 1))
+        sentinel = module.Sentinel(at.hosts, sentinel_kwargs=asked, db=at.db, **link)
         client = sentinel.master_for(at.path)
         return client, [client, *sentinel.sentinels]
     place = {"unix_socket_path": at.path} if at.kind == "unix" else dict(zip(("host", "port"), at.hosts[0], strict=True))
-    client = module.Redis(**place, db=at.db, **link)
-    return client, [client]
+    return (client := module.Redis(**place, db=at.db, **link)), [client]
 
 # %% ../../nbs/24_stores.redis.ipynb #653f1b34
 _Command: TypeAlias = tuple[Any, ...]
@@ -137,9 +141,10 @@ class _Side:
     def __init__(self, at: Address, timeout: float, limit: int, own: _Own) -> None:
         self.at, self.timeout, self.limit, self.own = at, timeout, limit, own
         self.brief = own is None and at.kind != "cluster"
+        self.lost = False  # Whether the map of a cluster may be out of date
 
-    def open(self, module: Any, timeout: float | None) -> tuple[_Client, list[_Client]]:
-        return ((client := self.own()), [client]) if self.own else _open(self.at, module, timeout, self.limit)
+    def open(self, module: Any) -> tuple[_Client, list[_Client]]:
+        return ((client := self.own()), [client]) if self.own else _open(self.at, module, self.timeout, self.limit)
 
     def fault(self, error: BaseException) -> StoreError:
         return _fault(self.at.shown, self.timeout, error)
@@ -173,10 +178,10 @@ def _primaries(client: _Client, at: Address) -> list[_Node]:
 
 
 def _listed(reply: Any, commands: Sequence[_Command]) -> list[Any]:
-    "A reply for each command; a broken connection among those of a cluster is raised."
+    "A reply for each command. What is no reply, as it comes from one of the servers of a cluster, is raised."
     replies = list(reply) if len(commands) > 1 else [reply]
-    if broken := next((each for each in replies if type(each) is redis.ConnectionError), None):
-        raise broken
+    if none := next((each for each in replies if isinstance(each, Exception) and not isinstance(each, redis.ResponseError)), None):
+        raise none
     return replies
 
 # %% ../../nbs/24_stores.redis.ipynb #741401d1
@@ -185,7 +190,7 @@ class _BlockingWire(_Side):
 
     def __init__(self, at: Address, timeout: float, limit: int, own: _Own) -> None:
         super().__init__(at, timeout, limit, own)
-        self.opened, self.turns = Once(lambda: self.open(redis, timeout), timeout / 2), Turns(limit, timeout / 2)
+        self.opened, self.turns = Once(lambda: self.open(redis), timeout / 2), Turns(limit, timeout / 2)
 
     def tell(self, commands: Sequence[_Command], again: bool = True, node: Any = None) -> list[Any]:
         "The replies to the commands, refusals included."
@@ -195,16 +200,20 @@ class _BlockingWire(_Side):
                 while True:
                     try:
                         client, _ = self.opened()
+                        if self.lost and self.at.kind == "cluster":
+                            client.nodes_manager.initialize()
+                        self.lost = False
                         if self.brief and commands[0][0] in _BRIEF:
                             return [_ask(client.connection_pool, commands[0])]
                         return _listed(_say(client, commands, node, start + self.timeout), commands)
                     except redis.ConnectionError as error:
                         if not again or type(error) is not redis.ConnectionError or time.monotonic() - start > self.timeout / 2:
                             raise
-                        again = False
+                        again, self.lost = False, True
         except redis.ResponseError as refusal:
             return [refusal]
         except Exception as error:
+            self.lost = True
             raise self.fault(error) from None
 
 # %% ../../nbs/24_stores.redis.ipynb #6f3b3768
@@ -234,7 +243,7 @@ class _AwaitingWire(_Side):
 
     def __init__(self, at: Address, timeout: float, limit: int, own: _Own) -> None:
         super().__init__(at, timeout, limit, own)
-        self.client, self.closers = self.open(redis.asyncio, None)
+        self.client, self.closers = self.open(redis.asyncio)
         self.slots = asyncio.Semaphore(limit)
 
     async def tell(self, commands: Sequence[_Command], again: bool = True, node: Any = None) -> list[Any]:
@@ -243,16 +252,20 @@ class _AwaitingWire(_Side):
             async with asyncio.timeout(self.timeout), self.slots:
                 while True:
                     try:
+                        if self.lost and self.at.kind == "cluster":
+                            await self.client.nodes_manager.initialize()
+                        self.lost = False
                         if self.brief and commands[0][0] in _BRIEF:
                             return [await _aask(self.client.connection_pool, commands[0])]
                         return _listed(await _say(self.client, commands, node, 0), commands)
                     except redis.ConnectionError as error:
                         if not again or type(error) is not redis.ConnectionError:
                             raise
-                        again = False
+                        again, self.lost = False, True
         except redis.ResponseError as refusal:
             return [refusal]
         except Exception as error:
+            self.lost = True
             raise self.fault(error) from None
 
 # %% ../../nbs/24_stores.redis.ipynb #40e51fb7
@@ -292,6 +305,7 @@ class _Seat(_AwaitingWire):
 # %% ../../nbs/24_stores.redis.ipynb #c8124f7f
 _AT_ONCE = 1000     # Keys or entries in one exchange, so that none holds the server for long
 _LONGEST = 1 << 53  # Milliseconds that Redis can add to its clock
+
 
 class _Entries(Store):
     "The verbs for entries that are known by key."
@@ -349,7 +363,7 @@ class RedisStore(_Entries):
             [place] = place.values()
         keys = [key.decode(errors="replace") for key in found]
         here = ahead[0][:2] + (int(place),) if int(place) else ahead[1][:2] + (0,) if len(ahead) > 1 else None
-        return Page([key for key in keys if key.startswith(prefix)], here and "{}/{}/{}".format(*here))
+        return Page([key for key in keys if key.startswith(prefix) and "\ufffd" not in key], here and "{}/{}/{}".format(*here))
 
     def bump(self, counts: Mapping[str, float]) -> Flow[None]:
         if counts:

@@ -113,15 +113,16 @@ class _File:
     def _ready(self, until: float) -> sqlite3.Connection:
         db = self.connect(timeout=0)
         try:
-            db.execute("PRAGMA synchronous=NORMAL")
-            db.execute("PRAGMA journal_size_limit=16777216")
-            _patiently(lambda: grow(db, self.path, APPLICATION_ID, _STEPS, _FRESH), until)
-            if not self.options:
-                _patiently(lambda: db.execute("PRAGMA journal_mode=WAL").fetchone(), until)
+            _patiently(lambda: self._set_up(db), until)
             return db
         except BaseException:
             db.close()
             raise
+
+    def _set_up(self, db: sqlite3.Connection) -> None:
+        grow(db, self.path, APPLICATION_ID, _STEPS, _FRESH)
+        for pragma in ("synchronous=NORMAL", "journal_size_limit=16777216", "journal_mode=WAL")[: 2 if self.options else 3]:
+            db.execute(f"PRAGMA {pragma}").fetchall()
 
 # %% ../../nbs/23_stores.sqlite.ipynb #19778a1c
 class _Access:
@@ -203,7 +204,8 @@ def _shrink(db: sqlite3.Connection) -> None:
     "Give pages back when most of them are free."
     free, pages = (db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("freelist_count", "page_count"))
     if free > 1024 and free * 2 > pages:
-        db.execute("PRAGMA incremental_vacuum(1024)").fetchall()
+        for _ in range(min(free, 2048)):  # The module `sqlite3` takes one step of this pragma only, which is one page
+            db.execute("PRAGMA incremental_vacuum")
 
 # %% ../../nbs/23_stores.sqlite.ipynb #c118dbce
 _ONE = "SELECT blob FROM entries WHERE key = ? AND expires > ?"
