@@ -6,27 +6,30 @@ Where each word lives, from the ground up:
 
     errors, config, events      every way to fail, every setting, what is told
     effects                     flows that are written once, for `def` and `async def`
+    address, gather, sides      what a networked store needs: URLs, batches, a client a loop
+    files                       what a store in a file needs: threads, forks, versions
     shapes, forms, call, keys   **key**: any call in canonical form, and its SHA-256
     records, values, codec      values to bytes and back, never pickle
     stores.*                    **lookup**, **store**: Redis, SQLite, memory, behind one contract
     flight, streams             **lease**: one computation per key, shared by all who ask
     backends.*                  **compute**: the demo, any OpenAI-compatible server, your function
     counts                      how calls ended, exactly
+    request, steps, replay      the nouns and verbs of the sentence
     cache                       the sentence itself
     decorators                  the sentence around a function
     metrics, auth, routes, main **request**, **reply**: the ASGI app
     cli                         the command `aurea`
-    testing                     contract suites for stores and backends of your own
+    contract, testing           suites for stores and backends of your own
 
 Importing this package opens no socket, starts no thread and reads no setting.
 """
 
-from typing import TYPE_CHECKING
+import typing as _typing
 
 from .cache import Cache, get_cache, use_cache
 from .decorators import cache_embedding, cache_llm_response, cached
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from .config import Settings
 
 __version__ = "0.1.0"

@@ -5,69 +5,28 @@
 # %% ../nbs/50_cache.ipynb #b1385b63
 from __future__ import annotations
 
-import logging
-import os
 import threading
-import warnings
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from . import codec, keys
-from .effects import Effect, Flow, adrive, drive
-from .counts import Counts, kinds, stats
-from .errors import BatchError, CodecError, StoreError, UnstorableError
-from .events import Bus, Clock, Event, Outcome, Tally
-from .flight import Aside, Computation, Flight, Join, Lead, Stopped
-from .stores.base import Item, Store
-from .streams import Source, Streams, Tape
+from .counts import kinds, stats
+from .effects import Flow, adrive, drive
+from .errors import CodecError, StoreError
+from .events import Event, Outcome, Tally
+from .flight import Aside, Computation, Join, Lead, Stopped
+from .request import Reply, Request, Workings, count, tell
+from .steps import compute, lookup, opened, store
 if TYPE_CHECKING:
     from aurea_orchestrator.config import Settings
 
-_log = logging.getLogger("aurea_orchestrator")
-
 # %% auto #0
-__all__ = ['keep_all', 'Request', 'Reply', 'fetch', 'lead', 'lookup', 'opened', 'lease', 'join', 'refresh', 'compute', 'store',
-           'warn_once', 'reply', 'failed', 'bypass', 'Loose', 'freeze', 'thaw', 'play', 'recorded', 'recording', 'tell',
-           'count', 'clear', 'made_by', 'glance', 'Cache', 'get_cache', 'use_cache']
-
-# %% ../nbs/50_cache.ipynb #467a92e2
-def keep_all(value: Any) -> bool:
-    "Every clean result is worth storing."
-    return True
-
-
-@dataclass(slots=True)
-class Request:
-    "One call as the flow sees it."
-
-    kind: str                                         # What is cached: "llm", "embedding", …
-    keys: Sequence[str]                               # One for each wanted value; the same key may stand twice
-    compute: Callable[[Sequence[int]], Effect]        # Given positions, an effect that yields their values, in order
-    ttl: float                                        # Seconds that a new entry is kept
-    name: str = ""                                    # Who computes, for messages
-    bypass: bool = False                              # Skip the lookup, compute, store
-    keep: Callable[[Any], bool] = keep_all            # Whether a result is worth storing
-    tally: Tally = field(default_factory=Tally)       # Counts what becomes of it, beside the cache's own tally
-    stale: float = 0.0                                # Seconds past the ttl that an entry may be served while it is refreshed
-    meta: dict[str, Any] = field(default_factory=dict)# Facts to store with a new entry
-
-
-class Reply(NamedTuple):
-    "What became of one key."
-
-    key: str
-    value: Any
-    outcome: Outcome
-    blob: bytes | None = None   # The entry; None when the value has no byte form
-    born: float = 0.0           # When it was computed, Unix seconds
-    ttl: float = 0.0            # Seconds it is kept from then on; 0 when it is not stored
-    meta: Mapping[str, Any] = {}
+__all__ = ['fetch', 'lead', 'lease', 'join', 'refresh', 'reply', 'failed', 'bypass', 'clear', 'made_by', 'glance', 'Cache',
+           'get_cache', 'use_cache']
 
 # %% ../nbs/50_cache.ipynb #ad002aec
-def fetch(cache: Cache, request: Request) -> Flow[list[Reply]]:
+def fetch(cache: Workings, request: Request) -> Flow[list[Reply]]:
     "request → key → lookup → lease → compute → store → reply"
     if request.bypass or not cache.enabled:
         return (yield from bypass(cache, request))
@@ -88,7 +47,7 @@ def fetch(cache: Cache, request: Request) -> Flow[list[Reply]]:
     return reply(cache, request, found)
 
 
-def lead(cache: Cache, request: Request, mine: Computation) -> Flow[None]:
+def lead(cache: Workings, request: Request, mine: Computation) -> Flow[None]:
     "The part of the sentence that runs once for all who wait: lookup again, compute, store."
     try:
         found = yield from lookup(cache, request, mine.keys, fresh=True)  # Somebody may have stored it since we looked
@@ -100,41 +59,8 @@ def lead(cache: Cache, request: Request, mine: Computation) -> Flow[None]:
         raise
     cache.flight.land(mine, found)
 
-# %% ../nbs/50_cache.ipynb #2869d5ed
-def lookup(cache: Cache, request: Request, wanted: Sequence[str], fresh: bool = False) -> Flow[dict[str, Reply]]:
-    "What the store has, by key; `fresh` leaves out what is past its ttl."
-    began, distinct = cache.clock.tick(), list(dict.fromkeys(wanted))
-    try:
-        blobs = yield from cache.store.get_many(distinct)
-    except StoreError as error:
-        tell(cache, "lookup", request.kind, began, error)
-        return {}
-    found = {}
-    for key, blob in zip(distinct, blobs):
-        if blob is None:
-            continue
-        try:
-            one = opened(key, blob)
-        except CodecError as error:
-            if not fresh:  # The second look at the same bytes is no second damage
-                tell(cache, "lookup", request.kind, began, error)
-            continue
-        past = cache.clock.now() - one.born - one.ttl
-        if past <= 0:
-            found[key] = one
-        elif past <= request.stale and not fresh:
-            found[key] = one._replace(outcome=Outcome.STALE)
-    tell(cache, "lookup", request.kind, began)
-    return found
-
-
-def opened(key: str, blob: bytes, outcome: Outcome = Outcome.HIT) -> Reply:
-    "The reply that an entry makes. Raises `DamagedEntryError`."
-    entry = codec.decode(blob, seal=key.encode())
-    return Reply(key, entry.value, outcome, blob, entry.born, entry.ttl or 0.0, entry.meta)
-
 # %% ../nbs/50_cache.ipynb #db38740d
-def lease(cache: Cache, request: Request, missing: Sequence[str]) -> tuple[Computation, dict[str, Computation]]:
+def lease(cache: Workings, request: Request, missing: Sequence[str]) -> tuple[Computation, dict[str, Computation]]:
     "Share out the missing keys: to us those that nobody computes."
     began = cache.clock.tick()
     shares = cache.flight.board(missing)
@@ -142,7 +68,7 @@ def lease(cache: Cache, request: Request, missing: Sequence[str]) -> tuple[Compu
     return shares
 
 
-def join(cache: Cache, key: str, computation: Computation) -> Flow[dict[str, Reply]]:
+def join(cache: Workings, key: str, computation: Computation) -> Flow[dict[str, Reply]]:
     "Wait for a key that somebody else leads; nothing, if that leader was stopped."
     try:
         landed = yield Join(cache.flight, computation, cache.finish)
@@ -154,62 +80,15 @@ def join(cache: Cache, key: str, computation: Computation) -> Flow[dict[str, Rep
     return {key: opened(key, theirs.blob, Outcome.SHARED)}
 
 # %% ../nbs/50_cache.ipynb #ea672f2c
-def refresh(cache: Cache, request: Request, keys: Sequence[str]) -> Flow[None]:
+def refresh(cache: Workings, request: Request, keys: Sequence[str]) -> Flow[None]:
     "Begin to compute again what is past its ttl and nobody computes already."
     if keys:
         mine, _ = lease(cache, request, keys)
         if mine.keys:
             yield Aside(cache.flight, mine, lead(cache, request, mine), finish=True)
 
-# %% ../nbs/50_cache.ipynb #e4e923fc
-def compute(cache: Cache, request: Request, missing: Sequence[str]) -> Flow[tuple[Sequence[Any], float]]:
-    "The missing values, and the seconds they took."
-    if not missing:
-        return (), 0.0
-    positions, began = [request.keys.index(key) for key in missing], cache.clock.tick()
-    try:
-        values = yield request.compute(positions)
-        if len(values) != len(missing):
-            raise BatchError(f"{request.name or request.kind} returned {len(values)} values for {len(missing)} inputs; nothing was stored")
-    except BaseException as error:
-        tell(cache, "compute", request.kind, began, error)
-        raise
-    tell(cache, "compute", request.kind, began)
-    return values, cache.clock.tick() - began
-
-# %% ../nbs/50_cache.ipynb #91760db9
-def store(cache: Cache, request: Request, values: Mapping[str, Any], cost: float) -> Flow[dict[str, Reply]]:
-    "Store what can and should be stored; a reply for every value."
-    began, born, meta = cache.clock.tick(), cache.clock.now(), request.meta
-    replies = {key: Reply(key, value, Outcome.MISS, None, born, 0.0, meta) for key, value in values.items()}
-    for key, value in values.items():
-        try:
-            blob = codec.encode(value, born=born, ttl=request.ttl, cost=cost / len(values), meta=meta, seal=key.encode())
-            replies[key] = replies[key]._replace(blob=blob, ttl=request.ttl if request.keep(value) else 0.0)
-        except UnstorableError as error:
-            warn_once(cache, request.name or request.kind, error)
-    items = [Item(key, one.blob, one.ttl + request.stale) for key, one in replies.items() if one.blob is not None and one.ttl]
-    try:
-        if items:
-            yield from cache.store.put_many(items)
-    except StoreError as error:
-        tell(cache, "store", request.kind, began, error)
-    else:
-        tell(cache, "store", request.kind, began)
-    return replies
-
-
-def warn_once(cache: Cache, name: str, error: UnstorableError) -> None:
-    "Say it once for each function; never let the warning itself fail the call."
-    if name not in cache.warned:
-        cache.warned.add(name)
-        try:
-            warnings.warn(f"{name}: {error}; it was returned but not cached", UserWarning, stacklevel=2)
-        except UserWarning:
-            _log.warning("%s: %s; it was returned but not cached", name, error)
-
 # %% ../nbs/50_cache.ipynb #76735fa7
-def reply(cache: Cache, request: Request, found: Mapping[str, Reply]) -> list[Reply]:
+def reply(cache: Workings, request: Request, found: Mapping[str, Reply]) -> list[Reply]:
     "The replies, in the order of the request's keys; counted."
     replies, seen = [], set()
     for key in request.keys:
@@ -224,7 +103,7 @@ def reply(cache: Cache, request: Request, found: Mapping[str, Reply]) -> list[Re
     return replies
 
 
-def failed(cache: Cache, request: Request, found: Mapping[str, Reply], led: set[str], error: BaseException) -> None:
+def failed(cache: Workings, request: Request, found: Mapping[str, Reply], led: set[str], error: BaseException) -> None:
     "Count a request whose computation failed: its lookups ended as they would have, and one call failed."
     outcomes, left = [], set(led)
     for key in request.keys:
@@ -238,7 +117,7 @@ def failed(cache: Cache, request: Request, found: Mapping[str, Reply], led: set[
     count(cache, request, outcomes)
 
 # %% ../nbs/50_cache.ipynb #48fd8088
-def bypass(cache: Cache, request: Request) -> Flow[list[Reply]]:
+def bypass(cache: Workings, request: Request) -> Flow[list[Reply]]:
     "compute → store → reply, without the steps before."
     distinct = list(dict.fromkeys(request.keys))
     try:
@@ -254,85 +133,8 @@ def bypass(cache: Cache, request: Request) -> Flow[list[Reply]]:
     count(cache, request, [Outcome.BYPASS] * len(request.keys))
     return [found[key]._replace(outcome=Outcome.BYPASS) for key in request.keys]
 
-# %% ../nbs/50_cache.ipynb #72207602
-class Loose(NamedTuple):
-    "A piece that has no byte form: it is passed on as it is, and the stream is not stored."
-
-    piece: Any
-    why: UnstorableError
-
-
-def freeze(piece: Any) -> bytes | Loose:
-    "A piece as bytes."
-    try:
-        return codec.encode(piece, born=0.0, ttl=None)
-    except UnstorableError as error:
-        return Loose(piece, error)
-
-
-def thaw(frozen: bytes | Loose) -> Any:
-    "The piece again, a new object each time."
-    return frozen.piece if isinstance(frozen, Loose) else codec.trusted(frozen)
-
-# %% ../nbs/50_cache.ipynb #44faa428
-def play(cache: Cache, request: Request, begin: Callable[[], Source]) -> Flow[Tape]:
-    "request → key → lookup → lease; then reading the tape computes, stores and replies."
-    (key,) = request.keys
-    fresh = request.bypass or not cache.enabled
-    found = {} if fresh else (yield from lookup(cache, request, [key]))
-    if key in found:
-        tape, outcome = recorded(found[key]), Outcome.HIT
-    elif fresh:
-        tape, outcome = recording(cache, request, begin), Outcome.BYPASS
-        tape.readers = 1
-    else:
-        tape, led = cache.streams.board(key, lambda: recording(cache, request, begin))
-        outcome = Outcome.MISS if led else Outcome.SHARED
-    count(cache, request, [outcome])
-    return tape
-
-
-def recorded(reply: Reply) -> Tape:
-    "The tape of a stored stream."
-    pieces, returned = reply.value
-    tape = Tape(items=pieces, returned=thaw(returned), thaw=thaw)
-    tape.readers = 1
-    return tape
-
-
-def recording(cache: Cache, request: Request, begin: Callable[[], Source]) -> Tape:
-    "The tape of a stream that is yet to run; it is stored when it ended cleanly."
-    def finish(tape: Tape) -> Flow[None]:
-        returned = freeze(tape.returned)
-        loose = next((one for one in (*tape.items, returned) if isinstance(one, Loose)), None)
-        if loose is not None:
-            warn_once(cache, request.name or request.kind, loose.why)
-        elif cache.enabled:
-            tell(cache, "compute", request.kind, began)
-            yield from store(cache, request, {request.keys[0]: [tape.items, returned]}, cache.clock.tick() - began)
-    began = cache.clock.tick()
-    return Tape(begin, finish, freeze=freeze, thaw=thaw)
-
-# %% ../nbs/50_cache.ipynb #7ef521fd
-def tell(cache: Cache, step: str, kind: str, began: float, error: BaseException | None = None) -> None:
-    "Tell the listeners that a step was done."
-    if cache.bus:
-        cache.bus.tell(Event(step, kind, cache.clock.tick() - began, error=type(error).__name__ if error else None))
-
-
-def count(cache: Cache, request: Request, outcomes: Iterable[Outcome]) -> None:
-    "Count how the places of a request ended."
-    totals: dict[Outcome, int] = {}
-    for outcome in outcomes:
-        totals[outcome] = totals.get(outcome, 0) + 1
-    for outcome, n in totals.items():
-        request.tally.add(request.kind, outcome, n)
-        cache.counts.add(request.kind, outcome, n)
-        if cache.bus:
-            cache.bus.tell(Event("reply", request.kind, outcome=outcome, count=n))
-
 # %% ../nbs/50_cache.ipynb #71389fb6
-def clear(cache: Cache, kind: str | None = None, namespace: str | None = None, name: str | None = None) -> Flow[int]:
+def clear(cache: Workings, kind: str | None = None, namespace: str | None = None, name: str | None = None) -> Flow[int]:
     "Remove entries, of one function if its name is given; how many there were."
     if namespace is not None:
         keys.check_namespace(namespace)
@@ -349,7 +151,7 @@ def clear(cache: Cache, kind: str | None = None, namespace: str | None = None, n
     return removed
 
 # %% ../nbs/50_cache.ipynb #2a08e37d
-def made_by(cache: Cache, name: str, ours: Sequence[str]) -> Flow[list[str]]:
+def made_by(cache: Workings, name: str, ours: Sequence[str]) -> Flow[list[str]]:
     "Those of the keys whose entries say that a function made them."
     blobs = yield from cache.store.get_many(ours)
     made = []
@@ -360,7 +162,7 @@ def made_by(cache: Cache, name: str, ours: Sequence[str]) -> Flow[list[str]]:
     return made
 
 # %% ../nbs/50_cache.ipynb #88c1921f
-def glance(cache: Cache, kind: str, key: str, tally: Tally) -> tuple[Any] | None:
+def glance(cache: Workings, kind: str, key: str, tally: Tally) -> tuple[Any] | None:
     "The value of a key in a tuple, if it can be told without any I/O."
     if not cache.enabled or (blob := cache.store.peek(key)) is None:
         return None
@@ -377,32 +179,8 @@ def glance(cache: Cache, kind: str, key: str, tally: Tally) -> tuple[Any] | None
     return (entry.value,)
 
 # %% ../nbs/50_cache.ipynb #78f79724
-class _Cache:
-    "What the flow needs."
-
-    def __init__(
-        self,
-        store: Store,
-        *,
-        ttl: float = 3600.0,                             # Seconds that an entry is kept
-        ttls: Mapping[str, float] | None = None,         # The same by kind; default: embeddings a day
-        enabled: bool = True,                            # False: compute everything, store nothing
-        finish: bool = False,                            # Finish a computation that everybody has left
-        clock: Clock | None = None,                      # None: the time of this machine
-    ) -> None:
-        self.store, self.enabled, self.finish, self.clock = store, enabled, finish, clock or Clock()
-        self.ttl, self.ttls = ttl, {"embedding": 86400.0} if ttls is None else dict(ttls)
-        self.bus, self.counts, self.flight, self.streams = Bus(), Counts(store), Flight(), Streams()
-        self.warned: set[str] = set()
-        self.why = ""                                    # Why this store was chosen, for `/ready`
-        _caches.add(self)
-
-    def __repr__(self) -> str:
-        return f"Cache({self.store.url!r})"
-
-    def ttl_of(self, kind: str) -> float:
-        "Seconds that entries of a kind are kept."
-        return self.ttls.get(kind, self.ttl)
+class Cache(Workings):
+    "A cache for calls to models, over one store. Options as for `Workings`."
 
     @classmethod
     def from_url(cls, url: str, *, timeout: float = 0.25, **options: Any) -> Self:
@@ -419,10 +197,6 @@ class _Cache:
         cache = cls(shelf, ttl=settings.cache_llm_ttl, ttls=ttls, enabled=settings.cache_enabled, **options)
         cache.why = why
         return cache
-
-# %% ../nbs/50_cache.ipynb #5e53b9a3
-class Cache(_Cache):
-    "A cache for calls to models, over one store."
 
     def stats(self) -> dict[str, Any]:
         "Totals of everybody who shares the store; see `counts.stats` for the shape."
@@ -452,18 +226,6 @@ class Cache(_Cache):
         with suppress(StoreError):
             yield from self.counts.deliver()
         yield from self.store.shut()
-
-# %% ../nbs/50_cache.ipynb #93db7442
-_caches: weakref.WeakSet[_Cache] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for cache in list(_caches):
-        cache.flight, cache.streams = Flight(), Streams()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 # %% ../nbs/50_cache.ipynb #afc52664
 _default: Cache | None = None

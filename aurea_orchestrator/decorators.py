@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
 
-from .cache import Cache, Reply, Request, clear, fetch, get_cache, glance, play
+from .cache import Cache, clear, fetch, get_cache, glance
 from .effects import Effect, Flow, adrive, drive
 from .errors import BatchError, ConfigError
 from .events import Tally, hits_and_misses
 from .call import Binder, identity
 from .keys import check_kind, check_namespace, key_for, make_many
+from .replay import play
+from .request import Reply, Request
 from .streams import END, Source, read
+from .values import stack
 
 _P = ParamSpec("_P")
 _Q = ParamSpec("_Q")
@@ -315,8 +318,7 @@ def together(replies: Sequence[Reply]) -> Any:
     "The values of a batch in the shape in which the function gives them."
     rows, values = {reply.meta.get("rows") for reply in replies}, [reply.value for reply in replies]
     if rows == {"ndarray"} and len({value.shape for value in values}) == 1:
-        import numpy
-        return numpy.stack(values)
+        return stack(values)
     return tuple(values) if rows == {"tuple"} else values
 
 # %% ../nbs/51_decorators.ipynb #f3dcfcbd

@@ -17,7 +17,7 @@ from .effects import Effect, Flow, adrive, drive
 from .errors import AureaError
 
 # %% auto #0
-__all__ = ['Stopped', 'Computation', 'Flight', 'Join', 'landed', 'Lead', 'Aside']
+__all__ = ['Stopped', 'Computation', 'Flight', 'enter', 'leave', 'Join', 'landed', 'Lead', 'Aside']
 
 # %% ../nbs/30_flight.ipynb #0db75952
 class Stopped(AureaError):
@@ -47,8 +47,7 @@ class Flight:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        "Keys being computed right now."
-        return len(self._running)
+        return len(self._running)  # Keys being computed right now
 
     def board(
         self,
@@ -75,10 +74,8 @@ class Flight:
             return
         if error is None:
             computation.future.set_result(result)
-        elif isinstance(error, Exception):
-            computation.future.set_exception(error)
         else:
-            computation.future.set_exception(Stopped())
+            computation.future.set_exception(error if isinstance(error, Exception) else Stopped())
 
     def _remove(self, computation: Computation) -> None:
         with self._lock:
@@ -86,19 +83,21 @@ class Flight:
                 if self._running.get(key) is computation:
                     del self._running[key]
 
-    def enter(self, computation: Computation) -> None:
-        "A caller begins to wait."
-        with self._lock:
-            computation.waiting += 1
+# %% ../nbs/30_flight.ipynb #a969fb6b
+def enter(flight: Flight, computation: Computation) -> None:
+    "A caller begins to wait."
+    with flight._lock:
+        computation.waiting += 1
 
-    def leave(self, computation: Computation, finish: bool) -> None:
-        "A caller stops waiting; the last one out cancels what runs in a task, unless it shall finish."
-        with self._lock:
-            computation.waiting -= 1
-            alone = computation.waiting <= 0
-        if alone and not finish and not computation.future.done() and (task := computation.task) is not None:
-            self._remove(computation)  # Whoever asks from now on must not join what is being cancelled
-            task.get_loop().call_soon_threadsafe(task.cancel)
+
+def leave(flight: Flight, computation: Computation, finish: bool) -> None:
+    "A caller stops waiting; the last one out cancels what runs in a task, unless it shall finish."
+    with flight._lock:
+        computation.waiting -= 1
+        alone = computation.waiting <= 0
+    if alone and not finish and not computation.future.done() and (task := computation.task) is not None:
+        flight._remove(computation)  # Whoever asks from now on must not join what is being cancelled
+        task.get_loop().call_soon_threadsafe(task.cancel)
 
 # %% ../nbs/30_flight.ipynb #6f9df0ca
 class Join(Effect):
@@ -110,18 +109,18 @@ class Join(Effect):
         self.flight, self.computation, self.finish = flight, computation, finish
 
     def do(self) -> Any:
-        self.flight.enter(self.computation)
+        enter(self.flight, self.computation)
         try:
             return self.computation.future.result()
         finally:
-            self.flight.leave(self.computation, self.finish)
+            leave(self.flight, self.computation, self.finish)
 
     async def ado(self) -> Any:
-        self.flight.enter(self.computation)
+        enter(self.flight, self.computation)
         try:
             await landed(self.computation.future)
         finally:
-            self.flight.leave(self.computation, self.finish)
+            leave(self.flight, self.computation, self.finish)
         return self.computation.future.result()
 
 
@@ -160,7 +159,7 @@ class Lead(Join):
         return self.computation.future.result()
 
     async def ado(self) -> Any:
-        self.flight.enter(self.computation)
+        enter(self.flight, self.computation)
         try:
             self.computation.task = task = asyncio.create_task(self._run())
             task.add_done_callback(self._ended)
@@ -168,7 +167,7 @@ class Lead(Join):
         except Stopped:
             raise asyncio.CancelledError from None  # For the leader's own caller it is what it was
         finally:
-            self.flight.leave(self.computation, self.finish)
+            leave(self.flight, self.computation, self.finish)
 
     async def _run(self) -> None:
         _leading.set((*_leading.get(), self.computation))

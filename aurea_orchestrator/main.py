@@ -29,7 +29,7 @@ from .routes import ASK, CACHE, LOOK, House
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['app', 'backends_of', 'build', 'announce', 'Measured', 'create_app']
+__all__ = ['app', 'backends_of', 'build', 'announce', 'without_query', 'Measured', 'create_app']
 
 # %% ../nbs/75_main.ipynb #f4831460
 _OPENAI = "https://api.openai.com/v1"  # Where the official client goes when it is given a key alone
@@ -61,7 +61,7 @@ def build(settings: Settings, stack: ExitStack) -> House:
     stack.enter_context(cache.bus.listening(metrics.hear))
     house = House(cache, llm, embedding, metrics, settings.api_keys, settings.max_body, __version__)
     if llm.name == "demo" or embedding.name == "demo":
-        house.notes.append("no upstream is configured, so the demo answers; for a real one set LLM_BASE_URL and LLM_API_KEY, or LLM_BACKEND")
+        house.notes.append("no upstream is configured, so the demo answers; set LLM_BASE_URL (and LLM_API_KEY) or LLM_BACKEND")
     if open_door(settings.host, settings.api_keys):
         house.notes.append("API_KEY is not set: whoever reaches this server can read /cache/stats and clear the cache")
     return house
@@ -81,6 +81,14 @@ def announce(house: House, debug: bool) -> None:
         _log.warning(note)
 
 # %% ../nbs/75_main.ipynb #55cd6d95
+def without_query(record: logging.LogRecord) -> bool:
+    "A logging filter that keeps an access line and drops its query string."
+    if isinstance(record.args, tuple) and len(record.args) == 5:
+        client, method, path, *rest = record.args
+        record.args = (client, method, str(path).partition("?")[0], *rest)
+    return True
+
+# %% ../nbs/75_main.ipynb #593109b1
 class _Door:
     "Opens the house once, on the loop that serves, and shuts it."
 
@@ -97,6 +105,7 @@ class _Door:
                     settings = self._settings or Settings()
                     self._house = await asyncio.to_thread(build, settings, self._stack)
                     announce(self._house, settings.debug)
+                    logging.getLogger("uvicorn.access").addFilter(without_query)
         return self._house
 
     async def shut(self) -> None:

@@ -105,7 +105,7 @@ def _prepare(folder: Path) -> None:
     except Exception:
         _log.exception("the metrics of workers that are gone could not be merged in %s; they stay as they are", folder)
 
-
+# %% ../nbs/70_metrics.ipynb #fb8e59d1
 class _Meters:
     "What is counted."
 

@@ -17,12 +17,13 @@ from fastapi.exceptions import HTTPException
 from . import keys
 from .auth import allowed
 from .backends.base import Backend
-from .cache import Cache, Reply, Request as CacheRequest, fetch
+from .cache import Cache, fetch
 from .effects import Effect, adrive
 from .errors import BackendError, BackendRefusedError, BackendTimeoutError, ConfigError, StoreError, UnkeyableError
 from .events import HITS, Event, Outcome
 from .forms import canonical
 from .metrics import Metrics
+from .request import Reply, Request as CacheRequest
 
 # %% auto #0
 __all__ = ['Authorized', 'ASK', 'LOOK', 'CACHE', 'House', 'open_house', 'BadRequest', 'read_body', 'read_parameters', 'read_json',
@@ -71,7 +72,7 @@ async def read_body(request: Request, most: int) -> bytes:
         raise BadRequest(413, f"the body is larger than {most} bytes; send less, or raise MAX_BODY")
     return bytes(body)
 
-
+# %% ../nbs/72_routes.ipynb #59dd182a
 async def read_parameters(request: Request, most: int, known: Sequence[str]) -> dict[str, Any]:
     "The parameters of a request: `known` ones from the query, any from a JSON body."
     given: dict[str, Any] = {}

@@ -28,7 +28,7 @@ from .errors import UnstorableError
 from .records import Shape, made, member, ref_of, shape_of, taken, type_of
 
 # %% auto #0
-__all__ = ['TREE', 'TEXT', 'BYTES', 'INT', 'BYTEARRAY', 'FLOAT64', 'FLOAT32', 'ARRAY', 'to_payload', 'from_payload']
+__all__ = ['TREE', 'TEXT', 'BYTES', 'INT', 'BYTEARRAY', 'FLOAT64', 'FLOAT32', 'ARRAY', 'stack', 'to_payload', 'from_payload']
 
 # %% ../nbs/19_values.ipynb #870ef2bb
 TREE, TEXT, BYTES, INT, BYTEARRAY, FLOAT64, FLOAT32, ARRAY = range(8)
@@ -250,6 +250,14 @@ def _scalar(parts: list[Any]) -> Any:
     if len(data) != dtype.itemsize:
         raise ValueError("a scalar of another size than its dtype")
     return np.ndarray((), dtype, data)[()]
+
+# %% ../nbs/19_values.ipynb #7490a2d9
+def stack(
+    rows: list[Any],  # Arrays of one shape
+) -> Any:             # One array, a dimension more
+    "Arrays as the rows of one array."
+    import numpy as np
+    return np.stack(rows)
 
 # %% ../nbs/19_values.ipynb #1558cc0c
 def _record_parts(value: Any, shape: Shape, depth: int) -> list[Any]:

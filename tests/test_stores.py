@@ -1,7 +1,12 @@
 """Every store keeps its contract: the suite that users run over theirs."""
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
+import sys
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -155,3 +160,28 @@ class TestBoundInMemory:
         assert {n.key: n for n in seen} == queue.nodes and len(seen) == len(queue.nodes)
         assert queue.bytes == sum(n.size_bytes for n in seen) <= 30_000
         assert queue.hand is queue.end or queue.hand in seen
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_a_fork_finds_the_lock_free_and_the_queue_whole(self) -> None:
+        store, stop = MemoryStore(max_bytes=30_000), threading.Event()
+
+        def write() -> None:
+            n = 0
+            while not stop.is_set(): store.keep(key((n := n + 1) % 100), bytes(n % 700), 60)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        for _ in range(20):
+            if not (child := os.fork()):
+                signal.alarm(5)
+                for n in range(200): store.keep(key(n), bytes(500), 60)
+                os._exit(store.peek(key(199)) != bytes(500))
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        stop.set()
+        thread.join()
+
+
+def test_the_suite_needs_no_pytest_to_be_imported() -> None:
+    code = "import sys; sys.modules['pytest'] = None; import aurea_orchestrator.testing"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0

@@ -55,11 +55,11 @@ class _Breaker:
         except StoreError as error:
             if verb not in self._refusing:
                 self._refusing[verb] = str(error)
-                _log.warning("%s refuses %s: %s; calls are computed and answered without it", self.url, verb, error)
+                _log.warning("store %s refuses %s: %s; calls are computed and answered all the same", self.url, verb, error)
             raise
         if verb in self._refusing:
             del self._refusing[verb]
-            _log.warning("%s does %s again", self.url, verb)
+            _log.warning("store %s does %s again", self.url, verb)
         return result
 
 # %% ../../nbs/27_stores.guard.ipynb #e2a00890
@@ -72,7 +72,7 @@ class _Probing(_Breaker):
             if self._open is not None or self._closing.is_set():
                 return
             self._open = str(error)
-        _log.warning("store %s is in trouble: %s; calls are computed and answered without it until it is back", self.url, error)
+        _log.warning("store %s is in trouble: %s; calls are computed without it meanwhile", self.url, error)
         threading.Thread(target=self._watch, name="aurea-probe", daemon=True).start()
 
     def _watch(self) -> None:

@@ -113,7 +113,7 @@ async def _aask(pool: Any, command: _Command) -> Any:
 _CURES: tuple[tuple[type[Exception], str], ...] = (
     (redis.AuthenticationError, "refuses the user or the password; check REDIS_PASSWORD, or those in CACHE_URL"),
     (NoPermissionError, "does not let this user do that; its ACL needs ~* +@read +@write +ping +scan +info"),
-    (redis.OutOfMemoryError, "is full and evicts nothing; give it more maxmemory, or maxmemory-policy allkeys-lru"),
+    (redis.OutOfMemoryError, "is full and evicts nothing; give it more maxmemory, or maxmemory-policy volatile-lru"),
     (redis.ReadOnlyError, "is a read-only replica; point the URL at its primary, or at its Sentinels with redis+sentinel://"),
     (redis.BusyLoadingError, "is still loading its data; it will answer by itself"),
 )
