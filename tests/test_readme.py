@@ -263,7 +263,7 @@ def test_a_query_asks_for_series_that_there_are(query):
     asked = set(re.findall(r"[a-z_]{2,}", bare)) - {"sum", "rate", "increase", "histogram_quantile"}
     assert asked and asked <= known.keys() and query.count("(") == query.count(")")
     for name, labels in re.findall(r"(\w+)\{([^}]*)\}", query):
-        assert set(re.findall(r"(\w+)=~?", labels)) <= known[name]
+        assert set(re.findall(r"(\w+)(?:=|=~|!=|!~)\"", labels)) <= known[name]
     for group in re.findall(r"\bby \(([^)]*)\)", query):
         assert set(group.split(", ")) <= set.intersection(*(known[name] for name in asked))
 

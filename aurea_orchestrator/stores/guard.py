@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from ..effects import Flow, drive
@@ -21,78 +22,80 @@ _T = TypeVar("_T")
 __all__ = ['Guarded']
 
 # %% ../../nbs/27_stores.guard.ipynb #774876dd
+_WRITES = frozenset({"put_many", "delete", "bump"})
+_PROBE = "aurea:probe"  # A key that nobody stores; removing it shows whether writing works
+
+
 class _Breaker:
     "Refuses at once while the store is known to be in trouble."
 
-    def __init__(
-        self,
-        inner: Store,
-        probe: float = 0.5,  # Seconds between two looks at a store in trouble
-    ) -> None:
+    def __init__(self, inner: Store, probe: float) -> None:
         self.inner, self.probe, self.url = inner, probe, inner.url
-        self._open: str | None = None             # Why operations are refused
-        self._refusing: dict[str, str] = {}       # Verbs that the store answers with an error, and which
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
+        self._reads: str | None = None        # Why nothing is asked
+        self._writes: str | None = None       # Why nothing is written
+        self._refused: dict[str, str] = {}    # Verbs that the store answers with an error, and which
+        self._lock, self._closing, self._watching = threading.Lock(), threading.Event(), False
 
     @property
     def trouble(self) -> str | None:
         "What is wrong with the store, in words; None while all is well."
-        return self._open or next(iter(self._refusing.values()), None)
+        return self._reads or self._writes or next(iter(self._refused.values()), None)
 
-    def _trip(self, error: StoreError) -> None:
+    def _watch(self, closing: threading.Event) -> None:
         raise NotImplementedError
 
-    def _guard(self, verb: str, begin: Callable[[], Flow[_T]]) -> Flow[_T]:
-        "Run a verb of the inner store, unless it is known to be in trouble."
-        if self._open is not None:
-            raise StoreUnavailableError(f"{self.url} is in trouble and being probed: {self._open}")
-        try:
-            result = yield from begin()
-        except (StoreUnavailableError, StoreTimeoutError) as error:
-            self._trip(error)
-            raise
-        except StoreError as error:
-            if verb not in self._refusing:
-                self._refusing[verb] = str(error)
-                _log.warning("store %s refuses %s: %s; calls are computed and answered all the same", self.url, verb, error)
-            raise
-        if verb in self._refusing:
-            del self._refusing[verb]
-            _log.warning("store %s does %s again", self.url, verb)
-        return result
+    def _trip(self, verb: str, error: StoreError) -> None:
+        "Open a breaker, and begin to probe."
+        with self._lock:
+            known = self._reads or (self._writes if verb in _WRITES else None)
+            self._writes = str(error)
+            if verb not in _WRITES:
+                self._reads = str(error)
+            begin, self._watching = not self._watching, True
+        if known is None:
+            what = "cannot be written" if verb in _WRITES else "is in trouble"
+            _log.warning("store %s %s: %s; calls are computed without it meanwhile", self.url, what, error)
+        if begin:
+            threading.Thread(target=self._watch, args=[self._closing], name="aurea-probe", daemon=True).start()
 
 # %% ../../nbs/27_stores.guard.ipynb #e2a00890
 class _Probing(_Breaker):
     "Looks after a store in trouble."
 
-    def _trip(self, error: StoreError) -> None:
-        "Open the breaker, and begin to probe."
-        with self._lock:
-            if self._open is not None or self._closing.is_set():
-                return
-            self._open = str(error)
-        _log.warning("store %s is in trouble: %s; calls are computed without it meanwhile", self.url, error)
-        threading.Thread(target=self._watch, name="aurea-probe", daemon=True).start()
-
-    def _watch(self) -> None:
-        "Ping until the store answers, then close the breaker."
-        while not self._closing.wait(self.probe):
-            try:
+    def _watch(self, closing: threading.Event) -> None:
+        "Probe until the store can be read and written again."
+        while self._watching and not closing.wait(self.probe):
+            with suppress(StoreError):
                 drive(self.inner.ping())
-            except StoreError:
-                continue
-            self._open = None
+                self._reads = None
+                drive(self.inner.delete([_PROBE]))
+                with self._lock:
+                    self._writes, self._watching = None, self._reads is not None
+        if not closing.is_set():
             _log.warning("store %s is back", self.url)
-            return
+
+    def _guard(self, verb: str, begin: Callable[[], Flow[_T]]) -> Flow[_T]:
+        "Run a verb of the inner store, unless that is known to be of no use."
+        if (why := self._writes if verb in _WRITES else self._reads) is not None:
+            raise StoreUnavailableError(f"{self.url} is in trouble and being probed: {why}")
+        try:
+            result = yield from begin()
+        except (StoreUnavailableError, StoreTimeoutError) as error:
+            self._trip(verb, error)
+            raise
+        except StoreError as error:
+            if verb not in self._refused:
+                _log.warning("store %s refuses %s: %s; calls are computed and answered all the same", self.url, verb, error)
+            self._refused[verb] = str(error)
+            raise
+        if verb in self._refused:
+            del self._refused[verb]
+            _log.warning("store %s does %s again", self.url, verb)
+        return result
 
 # %% ../../nbs/27_stores.guard.ipynb #a5c53df6
-class Guarded(_Probing, Store):
-    "A store behind a circuit breaker."
-
-    def __init__(self, inner: Store, probe: float = 0.5) -> None:
-        super().__init__(inner, probe)
-        self.name = inner.name
+class _Entries(_Probing, Store):
+    "The verbs on entries."
 
     def peek(self, key: str) -> bytes | None:
         return self.inner.peek(key)
@@ -109,6 +112,18 @@ class Guarded(_Probing, Store):
     def scan(self, prefix: str, cursor: str | None = None, limit: int = 1000) -> Flow[Page]:
         return self._guard("scan", lambda: self.inner.scan(prefix, cursor, limit))
 
+# %% ../../nbs/27_stores.guard.ipynb #f096e45d
+class Guarded(_Entries):
+    "A store behind a circuit breaker."
+
+    def __init__(
+        self,
+        inner: Store,
+        probe: float = 0.5,  # Seconds between two looks at a store in trouble
+    ) -> None:
+        super().__init__(inner, probe)
+        self.name = inner.name
+
     def bump(self, counts: Mapping[str, float]) -> Flow[None]:
         return self._guard("bump", lambda: self.inner.bump(counts))
 
@@ -124,4 +139,4 @@ class Guarded(_Probing, Store):
     def shut(self) -> Flow[None]:
         self._closing.set()
         yield from self.inner.shut()
-        self._open, self._closing = None, threading.Event()
+        self._reads, self._writes, self._watching, self._closing = None, None, False, threading.Event()

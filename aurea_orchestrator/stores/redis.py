@@ -117,7 +117,7 @@ _CURES: tuple[tuple[type[Exception], str], ...] = (
     (redis.ReadOnlyError, "is a read-only replica; point the URL at its primary, or at its Sentinels with redis+sentinel://"),
     (redis.BusyLoadingError, "is still loading its data; it will answer by itself"),
 )
-_UNWELL = ("MISCONF", "NOREPLICAS", "NOAUTH", "MASTERDOWN", "TRYAGAIN")
+_UNWELL = ("NOAUTH", "MASTERDOWN", "TRYAGAIN")
 
 
 def _fault(shown: str, timeout: float, error: BaseException) -> StoreError:
@@ -125,7 +125,7 @@ def _fault(shown: str, timeout: float, error: BaseException) -> StoreError:
     words = " ".join(str(error).split(", with args")[0].split())[:200]
     fault: StoreError
     if cure := next((cure for kind, cure in _CURES if isinstance(error, kind)), None):
-        fault = StoreUnavailableError(f"{shown} {cure}")
+        fault = (StoreError if isinstance(error, redis.ResponseError) else StoreUnavailableError)(f"{shown} {cure}")
     elif isinstance(error, (redis.TimeoutError, TimeoutError)):
         fault = StoreTimeoutError(f"{shown} did not answer within {timeout:g} s; see whether it is overloaded, or raise CACHE_TIMEOUT")
     elif isinstance(error, redis.ResponseError) and not isinstance(error, ClusterDownError) and not words.startswith(_UNWELL):

@@ -28,7 +28,10 @@ def open_engine(
     timeout: float = 0.25,  # Seconds that one operation may take
 ) -> Store:
     "The bare store behind a URL."
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"the store URL cannot be read ({error}); known forms: {_FORMS}") from None
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     sizes = {name: read_size(options.pop(name), name) for name in ("memory", "max_bytes") if name in options}
     bound: Any = {"max_bytes": sizes["max_bytes"]} if "max_bytes" in sizes else {}
@@ -39,7 +42,7 @@ def open_engine(
         return MemoryStore(**bound)
     if scheme == "sqlite":
         return SqliteStore(_path(parts.netloc, parts.path), timeout=timeout, **bound)
-    if scheme in ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster"):
+    if scheme == "unix" or scheme.partition("+")[0] in ("redis", "rediss"):
         from aurea_orchestrator.stores.redis import RedisStore
         return RedisStore(urlunsplit(parts._replace(query=urlencode(options))), timeout=timeout)
     raise ConfigError(f"unknown store URL scheme {scheme!r}; known forms: {_FORMS}")
