@@ -10,7 +10,7 @@ import string
 import threading
 import typing
 import uuid
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
@@ -165,6 +165,7 @@ def test_contents_count(a, b):
 
 @pytest.mark.parametrize("a, b", [
     (int | None, Optional[int]), (Counter("ab"), Counter("ba")), (MappingProxyType({"a": 1}), {"a": 1}), (Message(content=1, role="a"), Message("a", 1)),
+    ({1: 0, "1": 0, b"1": 0, False: 0}, {False: 0, b"1": 0, "1": 0, 1: 0}), ({(1,): 0, "(1,)": 0}, {"(1,)": 0, (1,): 0}),
     (math.nan, -math.nan), (Table(a=1, b=2), Table(b=2, a=1)), (datetime(2024, 1, 1, tzinfo=timezone.utc), datetime(2024, 1, 1, tzinfo=timezone(timedelta(0)))),
     (ZoneInfo.no_cache("Europe/Berlin").key and datetime(2024, 1, 1, tzinfo=ZoneInfo.no_cache("Europe/Berlin")), datetime(2024, 1, 1, tzinfo=ZoneInfo("Europe/Berlin"))),
 ])
@@ -249,7 +250,7 @@ def test_numpy():
              numpy.dtype("f4"), numpy.dtype("f8"), numpy.float32, numpy.float64, numpy.zeros(2, [("a", "i4")]), numpy.zeros(2, [("b", "i4")]), numpy.zeros(0), numpy.zeros((0, 1))]
     assert len({written(x) for x in kinds}) == len(kinds)
     masked = numpy.ma.masked_array([1, 2], [True, False])
-    for bad in (numpy.array([object()]), numpy.array(["a"], object), masked, numpy.array(["a"], dtype=numpy.dtypes.StringDType()) if hasattr(numpy.dtypes, "StringDType") else masked):
+    for bad in (numpy.array([object()]), numpy.zeros(1, [("a", "O")]), numpy.array(["a"], object), masked, numpy.array(["a"], dtype=numpy.dtypes.StringDType()) if hasattr(numpy.dtypes, "StringDType") else masked):
         with pytest.raises(UnkeyableError, match="argument x is a numpy.* whose bytes do not say all"): canonical(bad, "x")
 
 
