@@ -14,7 +14,8 @@ Where each word lives, from the ground up:
     flight, streams             **lease**: one computation per key, shared by all who ask
     backends.*                  **compute**: the demo, any OpenAI-compatible server, your function
     counts                      how calls ended, exactly
-    request, steps, replay      the nouns and verbs of the sentence
+    calling, request, steps,
+    replay                      the nouns and verbs of the sentence
     cache                       the sentence itself
     decorators                  the sentence around a function
     metrics, auth, routes, main **request**, **reply**: the ASGI app

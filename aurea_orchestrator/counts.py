@@ -92,13 +92,13 @@ def kinds(counts: Counts) -> Flow[set[str]]:
 def stats(counts: Counts) -> Flow[dict[str, Any]]:
     "Totals of the store: `{kind: {hits, misses}, total: {hits, misses, requests, hit_rate}, outcomes: …, store: …}`."
     store = counts.store
-    facts: dict[str, Any] = {"name": store.name, "url": store.url, "reachable": True}
+    facts: dict[str, Any] = {"name": store.name, "url": store.url, "up": True}
     try:
         yield from counts.deliver()
         totals: Mapping[str, float] = yield from store.counts()
         facts |= yield from store.info()
     except StoreError as error:
-        totals, facts = counts.tally.named(), facts | {"reachable": False, "trouble": str(error)}
+        totals, facts = counts.tally.named(), facts | {"up": False, "trouble": str(error)}
     return {**summary(totals), "store": facts}
 
 

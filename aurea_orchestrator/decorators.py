@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
 
+from .calling import Call, CallForMissing, together
 from .cache import Cache, clear, fetch, get_cache, glance
 from .effects import Effect, Flow, adrive, drive
-from .errors import BatchError, ConfigError
+from .errors import ConfigError
 from .events import Tally, hits_and_misses
 from .call import Binder, identity
 from .keys import check_kind, check_namespace, key_for, make_many
 from .replay import play
-from .request import Reply, Request
+from .request import Request
 from .streams import END, Source, read
-from .values import stack
 
 _P = ParamSpec("_P")
 _Q = ParamSpec("_Q")
@@ -30,9 +30,9 @@ _R = TypeVar("_R")
 _S = TypeVar("_S")
 
 # %% auto #0
-__all__ = ['Options', 'Call', 'CacheInfo', 'CachedFunction', 'BoundFunction', 'AsyncCachedFunction', 'CachedGenerator',
-           'AsyncCachedGenerator', 'CallForMissing', 'together', 'CachedEmbedding', 'AsyncCachedEmbedding',
-           'cache_llm_response', 'cache_embedding', 'cached']
+__all__ = ['Options', 'CacheInfo', 'CachedFunction', 'BoundFunction', 'AsyncCachedFunction', 'CachedGenerator',
+           'AsyncCachedGenerator', 'CachedEmbedding', 'AsyncCachedEmbedding', 'cache_llm_response', 'cache_embedding',
+           'cached']
 
 # %% ../nbs/51_decorators.ipynb #4590e5b1
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Options:
 
     ttl: float | timedelta | None = None    # Seconds that an answer is kept; None: the cache's own for the kind
     namespace: str | None = None            # A wall: answers of another namespace are never seen
-    version: str | None = None              # Your word for the function's code; a new one forgets the old answers
+    version: str | int | None = None              # Your word for the function's code; a new one forgets the old answers
     ignore: str | Sequence[str] = ()        # Arguments that do not change the answer: a client, a logger
     stale: float | timedelta = 0.0          # Seconds past the ttl that an answer may be served while it is refreshed
     cache: Cache | None = None              # Which cache; None: the process-wide one, at each call
@@ -58,21 +58,6 @@ def _seconds(name: str, value: Any, least: float) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds < least:
         raise ConfigError(f"{name}={value!r} cannot work: it is a number of seconds, at least {least:g}, or a timedelta")
     return float(seconds)
-
-# %% ../nbs/51_decorators.ipynb #4fc39250
-class Call(Effect):
-    "Call the user's function, once; gives the list of its one value."
-
-    __slots__ = ("fn", "args", "kwargs")
-
-    def __init__(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        self.fn, self.args, self.kwargs = fn, args, kwargs
-
-    def do(self) -> list[Any]:
-        return [self.fn(*self.args, **self.kwargs)]
-
-    async def ado(self) -> list[Any]:
-        return [await self.fn(*self.args, **self.kwargs)]
 
 # %% ../nbs/51_decorators.ipynb #2c205d56
 class CacheInfo(NamedTuple):
@@ -290,38 +275,7 @@ class _Lists:
         rest, named = self.replaced(args, kwargs, None)
         return make_many(self.kind, self.who, self.bind(*rest, **named), texts, self.namespace)
 
-# %% ../nbs/51_decorators.ipynb #e8f08384
-class CallForMissing(Effect):
-    "Call the user's function once, with the texts that are missing; gives one value for each."
-
-    __slots__ = ("call", "request")
-
-    def __init__(self, call: Call, request: Request) -> None:
-        self.call, self.request = call, request
-
-    def do(self) -> list[Any]:
-        return self._rows(self.call.do()[0])
-
-    async def ado(self) -> list[Any]:
-        return self._rows((await self.call.ado())[0])
-
-    def _rows(self, values: Any) -> list[Any]:
-        self.request.meta["rows"] = type(values).__name__
-        try:
-            return list(values)
-        except TypeError:
-            got = type(values).__name__
-            raise BatchError(f"{self.request.name} returned {got} for a list of texts; return one vector for each") from None
-
-
-def together(replies: Sequence[Reply]) -> Any:
-    "The values of a batch in the shape in which the function gives them."
-    rows, values = {reply.meta.get("rows") for reply in replies}, [reply.value for reply in replies]
-    if rows == {"ndarray"} and len({value.shape for value in values}) == 1:
-        return stack(values)
-    return tuple(values) if rows == {"tuple"} else values
-
-# %% ../nbs/51_decorators.ipynb #f3dcfcbd
+# %% ../nbs/51_decorators.ipynb #cb071b32
 class _Listing(CachedFunction[_P, _R]):
     "An embedding function, which may be given a list of texts."
 
@@ -339,9 +293,10 @@ class _Listing(CachedFunction[_P, _R]):
         def compute(positions: Sequence[int]) -> Effect:
             missing = [texts[position] for position in positions]
             again = self._lists.replaced(args, kwargs, tuple(missing) if type(texts) is tuple else missing)
-            return CallForMissing(Call(self.__wrapped__, *again), request)
+            return CallForMissing(Call(self.__wrapped__, *again), request.name, request.meta)
         request = self._request(self._lists.keys(args, kwargs, texts), compute, fresh)
-        return together((yield from fetch(self.cache, request)))
+        replies = yield from fetch(self.cache, request)
+        return together([reply.value for reply in replies], {reply.meta.get("rows") for reply in replies})
 
     def key(self, *args: Any, **kwargs: Any) -> Any:
         "The key of a call; a list of keys for a list of texts."
@@ -393,7 +348,9 @@ def cache_embedding(fn: Any = None, /, **options: Any) -> Any:
 
 def cached(kind: str, **options: Any) -> Callable[[Callable[_P, _R]], CachedFunction[_P, _R]]:
     "Cache the results of any function under a kind of your own; options as in `Options`."
-    check_kind(kind)  # Also catches `@cached` without its kind
+    if callable(kind):
+        raise ConfigError('@cached needs a kind of your own: write @cached("report")')
+    check_kind(kind)
     return _decorator(None, kind, False, options)  # type: ignore[no-any-return]
 
 

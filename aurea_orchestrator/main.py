@@ -53,10 +53,10 @@ def backends_of(
     return llm, choose(settings.embedding_backend, own or base_url, key, settings.embedding_model or settings.llm_model)
 
 # %% ../nbs/75_main.ipynb #a1651c46
-def build(settings: Settings, stack: ExitStack) -> House:
+def build(settings: Settings, stack: ExitStack, cache: Cache | None = None) -> House:
     "The house that the settings describe; what it listens to ends with the stack."
     llm, embedding = backends_of(settings)
-    cache = Cache.from_settings(settings, finish=True)
+    cache = cache or Cache.from_settings(settings, finish=True)
     metrics = Metrics(__version__, lambda: getattr(cache.store, "trouble", None) is None, server_folder())
     stack.enter_context(cache.bus.listening(metrics.hear))
     house = House(cache, llm, embedding, metrics, settings.api_keys, settings.max_body, __version__)
@@ -92,8 +92,8 @@ def without_query(record: logging.LogRecord) -> bool:
 class _Door:
     "Opens the house once, on the loop that serves, and shuts it."
 
-    def __init__(self, settings: Settings | None) -> None:
-        self._settings, self._stack = settings, ExitStack()
+    def __init__(self, settings: Settings | None, cache: Cache | None) -> None:
+        self._settings, self._cache, self._stack = settings, cache, ExitStack()
         self._house: House | None = None
         self._opening: asyncio.Lock | None = None
 
@@ -103,7 +103,7 @@ class _Door:
             async with self._opening:
                 if self._house is None:
                     settings = self._settings or Settings()
-                    self._house = await asyncio.to_thread(build, settings, self._stack)
+                    self._house = await asyncio.to_thread(build, settings, self._stack, self._cache)
                     announce(self._house, settings.debug)
                     logging.getLogger("uvicorn.access").addFilter(without_query)
         return self._house
@@ -114,7 +114,8 @@ class _Door:
             self._stack.close()
             await house.llm.aclose()
             await house.embedding.aclose()
-            await house.cache.aclose()
+            if self._cache is None:
+                await house.cache.aclose()
 
 # %% ../nbs/75_main.ipynb #664e05c0
 class Measured:
@@ -145,9 +146,10 @@ class Measured:
 # %% ../nbs/75_main.ipynb #116fabaa
 def create_app(
     settings: Settings | None = None,  # None: read from the environment when the app starts
+    cache: Cache | None = None,        # A cache that you share with the app, and close yourself; None: one of its own
 ) -> FastAPI:
     "The ASGI app; to be served, or mounted under a prefix in another FastAPI app."
-    door = _Door(settings)
+    door = _Door(settings, cache)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

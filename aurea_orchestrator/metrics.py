@@ -133,7 +133,7 @@ class _Meters:
         self._zeros()
 
     def _zeros(self) -> None:
-        "Every series is there from the start, at 0."
+        "Every series of the cache is there from the start, at 0, so that its first event is seen as one."
         for kind in KINDS:
             self._hits.labels(kind), self._misses.labels(kind)
             for outcome in Outcome:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import HTTPException
+from fastapi.security import APIKeyHeader
 
 from . import keys
 from .auth import allowed
@@ -219,7 +221,7 @@ def headers_of(house: House, replies: Sequence[Reply]) -> dict[str, str]:
     if outcome in (Outcome.MISS, Outcome.BYPASS) and all(reply.ttl for reply in replies):
         said.append("stored")
     if oldest.ttl:
-        said.append(f"ttl={int(oldest.born + oldest.ttl - now)}")
+        said.append(f"ttl={ceil(oldest.born + oldest.ttl - now)}")
     if len(replies) == 1:
         said.append(f'key="{replies[0].key}"')
     hits = sum(reply.outcome in HITS for reply in replies)
@@ -275,15 +277,18 @@ def described(name: str, sentence: str, example: dict[str, Any], many: bool = Fa
 def answers(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     "What an endpoint replies, by status."
     said = {400: "Not JSON.", 413: "Body too large.", 415: "Not JSON.", 422: "A parameter is missing or wrong."}
-    said |= {429: "Upstream is out of capacity.", 502: "Upstream failed.", 504: "Upstream was too slow."}
+    said |= {429: "Upstream is busy.", 502: "Upstream failed.", 504: "Upstream was too slow."}
     ok = {"description": "The answer. The outcome is in the header `X-Cache`.", "content": {"application/json": {"example": example}}}
     return {200: ok, **{status: {"description": sentence} for status, sentence in said.items()}}
 
 # %% ../nbs/72_routes.ipynb #a43cc28e
-async def authorized(request: Request) -> House:
+_HEADER = APIKeyHeader(name="X-API-Key", auto_error=False, description="One of `API_KEY`; needed where that is set.")
+
+
+async def authorized(request: Request, given: Annotated[str | None, Depends(_HEADER)]) -> House:
     "The house, for those who have a key."
     house = await open_house(request)
-    if not allowed(request.headers.get("x-api-key"), house.api_keys):
+    if not allowed(given, house.api_keys):
         raise HTTPException(401, "missing or wrong API key; send it in the header X-API-Key", {"WWW-Authenticate": "X-API-Key"})
     return house
 
@@ -335,15 +340,15 @@ async def ready(request: Request) -> dict[str, Any]:
     "200 while requests can be answered, which they can without a store too."
     house = await open_house(request)
     store = house.cache.store
-    trouble = getattr(store, "trouble", None)
-    if trouble is None:
-        try:
-            await adrive(store.ping())
-        except StoreError as error:
-            trouble = str(error)
+    try:
+        await adrive(store.ping())
+        trouble = getattr(store, "trouble", None)
+    except StoreError as error:
+        trouble = str(error)
     backends = {"llm": house.llm, "embedding": house.embedding}
     return {
         "status": "degraded" if trouble else "ready",
+        "cache_enabled": house.cache.enabled,
         "degraded": [f"store: {trouble}"] if trouble else [],
         "store": {"name": store.name, "url": store.url, "chosen": house.cache.why, "up": not trouble},
         "backends": {kind: {"name": one.name, "identity": one.identity, "model": one.default_model} for kind, one in backends.items()},

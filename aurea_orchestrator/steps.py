@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from .stores.base import Item
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['lookup', 'opened', 'compute', 'store', 'warn_once']
+__all__ = ['lookup', 'opened', 'compute', 'store', 'depth', 'warn_once']
 
 # %% ../nbs/48_steps.ipynb #f143140a
 def lookup(cache: Workings, request: Request, wanted: Sequence[str], fresh: bool = False) -> Flow[dict[str, Reply]]:
@@ -93,11 +94,19 @@ def store(cache: Workings, request: Request, values: Mapping[str, Any], cost: fl
     return replies
 
 
+def depth() -> int:
+    "How far up the stack the first frame is that is not of this package: the user's line."
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("aurea_orchestrator"):
+        frame, level = frame.f_back, level + 1
+    return level - 1
+
+
 def warn_once(cache: Workings, name: str, error: UnstorableError) -> None:
     "Say it once for each function; never let the warning itself fail the call."
     if name not in cache.warned:
         cache.warned.add(name)
         try:
-            warnings.warn(f"{name}: {error}; it was returned but not cached", UserWarning, stacklevel=2)
+            warnings.warn(f"{name}: {error}; it was returned but not cached", UserWarning, stacklevel=depth())
         except UserWarning:
             _log.warning("%s: %s; it was returned but not cached", name, error)

@@ -249,7 +249,7 @@ def test_options_that_cannot_work_are_refused_at_decoration(options):
 
 
 def test_misuse_is_explained():
-    with pytest.raises(ConfigError, match="kind"): cached(lambda x: x)
+    with pytest.raises(ConfigError, match="needs a kind"): cached(lambda x: x)
     with pytest.raises(ConfigError, match="cannot be cached"): cache_llm_response(5)
 
 
@@ -407,7 +407,10 @@ def test_the_shape_of_a_batch_is_kept(make, counting):
     assert counting.calls == [["a", "bb"], ["ccc"]]
 
 
-@pytest.mark.parametrize("wrong", [lambda n: [[1.0]] * (n - 1), lambda n: [[1.0]] * (n + 1), lambda n: [], lambda n: None, lambda n: 5.0])
+@pytest.mark.parametrize("wrong", [
+    lambda n: [[1.0]] * (n - 1), lambda n: [[1.0]] * (n + 1), lambda n: [], lambda n: None, lambda n: 5.0, lambda n: [1.0] * n, lambda n: "x" * n, lambda n: b"x" * n,
+    lambda n: {str(i): [1.0] for i in range(n)}, lambda n: np.ones(n), lambda n: ["x"] * n, lambda n: [[1.0]] * (n - 1) + [None],
+])  # fmt: skip
 def test_counts_are_checked_and_nothing_is_stored(wrong, counting):
     state = {"wrong": True}
     @cache_embedding

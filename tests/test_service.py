@@ -116,7 +116,7 @@ async def test_redis_may_die_the_service_may_not(tmp_path, own_redis, upstream):
             assert sum(waits) < 5, waits  # one timeout in all, not one for each call
             ready = client.get("/ready")
             assert ready.status_code == 200 and ready.json()["status"] == "degraded" and samples(client.get("/metrics").text)["cache_store_up"] == 0
-            assert client.get("/cache/stats").json()["store"]["reachable"] is False
+            assert client.get("/cache/stats").json()["store"]["up"] is False
             mend()
             until(lambda: client.get("/ready").json()["status"] == "ready")
             timed("q"), timed("q")
@@ -155,7 +155,7 @@ def test_the_command_serve_says_when_the_port_is_taken(tmp_path):
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen(1)
-        run = subprocess.run([sys.executable, "-c", "from aurea_orchestrator.cli import main; main()", "serve", "--host", "127.0.0.1", "--port", str(busy.getsockname()[1])], capture_output=True, text=True, timeout=60, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+        run = subprocess.run([sys.executable, "-m", "aurea_orchestrator", "serve", "--host", "127.0.0.1", "--port", str(busy.getsockname()[1])], capture_output=True, text=True, timeout=60, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     assert run.returncode == 1 and re.search(r"port \d+ is taken", run.stderr) and "Traceback" not in run.stderr
 
 

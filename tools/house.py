@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PKG = "aurea_orchestrator"
 MAX_CELL, MAX_BOOK = 40, 300     # exported lines that are not blank
 MIN_WORDS = 1.5                  # of prose per exported line; aim at 3 (fastcore has 3.9, what left nbdev had 0.4)
-PLAIN = {"__init__", "_modidx"}  # modules that no notebook makes
+PLAIN = {"__init__", "__main__", "_modidx"}  # modules that no notebook makes
 
 # One library, one door: where it may be imported.
 DOORS = {

@@ -54,7 +54,7 @@ class _Breaker:
             begin, self._watching = not self._watching, True
         if known is None:
             what = "cannot be written" if verb in _WRITES else "is in trouble"
-            _log.warning("store %s %s: %s; calls are computed without it meanwhile", self.url, what, error)
+            _log.warning("store %s %s: %s; calls are computed without it meanwhile", self.url, what, str(error).rstrip("."))
         if begin:
             threading.Thread(target=self._watch, args=[self._closing], name="aurea-probe", daemon=True).start()
 

@@ -1,0 +1,5 @@
+"""`python -m aurea_orchestrator` is the command `aurea`."""
+
+from .cli import main
+
+main()
