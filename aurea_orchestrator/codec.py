@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from math import nan
+from math import inf, nan
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -17,13 +17,14 @@ from .errors import DamagedEntryError, UnstorableError
 from .values import from_payload, to_payload
 
 # %% auto #0
-__all__ = ['Header', 'Entry', 'encode', 'check', 'decode', 'header', 'trusted']
+__all__ = ['Header', 'Entry', 'encode', 'check', 'decode', 'header', 'until', 'trusted']
 
 # %% ../nbs/20_codec.ipynb #f08563d9
 _MAGIC, _VERSION = b"\xc1A", 1
 _HEAD = struct.Struct("<2sBBdddI")
 _META_SIZE = struct.Struct("<I")
 _META_AT = _HEAD.size - _META_SIZE.size
+_TIMES, _TIMES_AT = struct.Struct("<dd"), 4  # Born and ttl, and where they stand
 _MIN_BYTES = _HEAD.size + 4
 _pack = msgspec.msgpack.Encoder().encode
 _unpack_meta = msgspec.msgpack.Decoder(dict[str, Any]).decode
@@ -127,6 +128,17 @@ def header(
         return Header(*_open(blob)[2:])
     except Exception as error:
         raise _unreadable(error) from None
+
+
+def until(
+    blob: bytes,  # A checked entry
+) -> float:       # Unix seconds; infinite where there is no limit
+    "When an entry is past its ttl."
+    try:
+        born, ttl = _TIMES.unpack_from(blob, _TIMES_AT)
+    except struct.error as error:
+        raise _unreadable(error) from None
+    return born + ttl if ttl == ttl else inf
 
 
 def trusted(

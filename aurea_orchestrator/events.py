@@ -102,27 +102,27 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._total: dict[tuple[str, str], int] = {}
-        self._fresh: dict[tuple[str, str], int] = {}
+        self._total: dict[tuple[str, str], int] = {}    # All that was counted
+        self._taken: dict[tuple[str, str], int] = {}    # What of it was taken
 
     def add(self, kind: str, outcome: str, count: int = 1) -> None:
         "Count."
-        pair = (kind, outcome)
+        pair, total = (kind, outcome), self._total
         with self._lock:
-            self._total[pair] = self._total.get(pair, 0) + count
-            self._fresh[pair] = self._fresh.get(pair, 0) + count
+            total[pair] = total.get(pair, 0) + count
 
     def take(self) -> dict[tuple[str, str], int]:
         "What was counted since the last time, by (kind, outcome)."
         with self._lock:
-            fresh, self._fresh = self._fresh, {}
+            fresh = {pair: n - self._taken.get(pair, 0) for pair, n in self._total.items() if n != self._taken.get(pair, 0)}
+            self._taken = dict(self._total)
         return fresh
 
     def give(self, fresh: dict[tuple[str, str], int]) -> None:
         "Put back what was taken and could not be delivered."
         with self._lock:
             for pair, count in fresh.items():
-                self._fresh[pair] = self._fresh.get(pair, 0) + count
+                self._taken[pair] -= count
 
     def named(self) -> dict[str, int]:
         "All that was counted, by `kind:outcome`, as stores keep it."

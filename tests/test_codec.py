@@ -410,7 +410,7 @@ def test_pydantic_times_keep_their_zone():
     [
         Page[int],
         Page[Frozen],
-        Page[Optional[Frozen]],  # noqa: UP045
+        Page[Optional[Frozen]],
         Page[list[Frozen]],
         Page[dict[str, Page[int]]],
         Page[list[int]],
