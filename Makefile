@@ -63,6 +63,7 @@ house: $(VENV)/.dev
 
 synced: $(VENV)/.dev
 	$(PY) tools/synced.py
+	$(PY) tools/envexample.py --check
 
 outputs: $(VENV)/.dev
 	$(PY) tools/nbrun.py --check

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import glob
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -63,7 +65,7 @@ async def test_four_workers_beside_redis_count_exactly(tmp_path, redis_url, upst
             assert page['http_requests_total{method="POST",path="/llm/generate",status="200"}'] == 3000
             assert stats["embedding"] == {"hits": 1000 - sent["texts"], "misses": sent["texts"]}
             assert stats["total"]["requests"] == 4000 and page["cache_hit_rate"] == stats["total"]["hit_rate"]
-        assert hits + misses == 3000 and 300 <= sent["chat"] + 5 and sent["chat"] <= 300 * 4
+        assert hits + misses == 3000 and len(set(prompts)) <= sent["chat"] <= 4 * len(set(prompts))
 
 
 @pytest.mark.redis
@@ -79,8 +81,7 @@ async def test_counters_never_go_down_when_workers_are_killed(tmp_path, redis_ur
             os.kill(random.Random(round).choice(service.worker_pids()), signal.SIGKILL)
             deadline = time.monotonic() + 30
             while service.log.count("Application startup complete") < 4 + round and time.monotonic() < deadline: await asyncio.sleep(0.1)
-        folders = [p for p in __import__("pathlib").Path(__import__("tempfile").gettempdir()).glob(f"aurea-metrics-*/{service.process.pid}-*")]
-        assert len(folders) == 1 and len(list(folders[0].glob("counter_*.db"))) <= 5  # files of dead workers are merged
+        assert len(glob.glob(f"{tempfile.gettempdir()}/aurea-metrics-*/{service.process.pid}-*/counter_*.db")) <= 5  # files of dead workers are merged
 
 
 @pytest.mark.slow

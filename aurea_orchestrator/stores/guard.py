@@ -77,7 +77,7 @@ class _Probing(_Breaker):
     def _guard(self, verb: str, begin: Callable[[], Flow[_T]]) -> Flow[_T]:
         "Run a verb of the inner store, unless that is known to be of no use."
         if (why := self._writes if verb in _WRITES else self._reads) is not None:
-            raise StoreUnavailableError(f"{self.url} is in trouble and being probed: {why}")
+            raise StoreUnavailableError(why)
         try:
             result = yield from begin()
         except (StoreUnavailableError, StoreTimeoutError) as error:
