@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..effects import Flow
 
 # %% auto #0
-__all__ = ['Item', 'Page', 'Store']
+__all__ = ['Item', 'Page', 'Shelf', 'Ears', 'Store']
 
 # %% ../../nbs/21_stores.base.ipynb #a25357ad
 class Item(NamedTuple):
@@ -30,8 +30,8 @@ class Page(NamedTuple):
     cursor: str | None # Give it to `scan` for the next page; None when this was the last
 
 # %% ../../nbs/21_stores.base.ipynb #b3a151b1
-class Store(ABC):
-    "Bytes under keys, shared as far as its engine reaches."
+class Shelf(ABC):
+    "Bytes under keys: what every store must do."
 
     name: str         # The engine: "redis", "sqlite", "memory"
     url: str          # Where, without password: for logs and `/ready`
@@ -75,3 +75,41 @@ class Store(ABC):
     @abstractmethod
     def shut(self) -> Flow[None]:
         "Give back connections and files. A store that is used again opens again. Never raises."
+
+# %% ../../nbs/21_stores.base.ipynb #6479fd7c
+class Ears(ABC):
+    "Hears which keys of a shared store are written, removed or expired, and which leases end."
+
+    @abstractmethod
+    def listen(
+        self,
+        heard: Callable[[Sequence[str] | None], None],  # Given the keys of entries that changed or whose lease ended; None: any may have
+    ) -> Callable[[], None]:                            # Call it to stop listening
+        "Call `heard` for each change, from a thread of the ears, soon after it happened. The ears open with the first listener."
+
+    @abstractmethod
+    def until(self) -> float:
+        "The `time.monotonic()` up to which nothing more than a moment old was missed; in the past while they are deaf."
+
+
+class Store(Shelf):
+    "Bytes under keys, shared as far as its engine reaches; leases and ears where it has them."
+
+    def acquire(self, keys: Sequence[str], token: str, ttl: float, force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:
+        "For each key its bytes, and whether its lease is now ours; asked for where there are no bytes, or by `force`. One exchange."
+        blobs = yield from self.get_many(keys)
+        return [(blob, blob is None or force) for blob in blobs]
+
+    def renew(self, keys: Sequence[str], token: str, ttl: float) -> Flow[None]:
+        "Keep those leases that are still ours for another `ttl` seconds."
+        return
+        yield
+
+    def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
+        "Store the items, then give back the leases of the keys that are still ours. One exchange; who waits is woken."
+        if items:
+            yield from self.put_many(items)
+
+    def ears(self) -> Ears | None:
+        "What hears changes of this store; None where nobody else can change it, or nothing can be heard."
+        return None
