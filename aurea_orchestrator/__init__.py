@@ -11,7 +11,7 @@ Where each word lives, from the ground up:
     shapes, forms, call, keys   **key**: any call in canonical form, and its SHA-256
     records, values, codec      values to bytes and back, never pickle
     stores.*                    **lookup**, **store**: Redis, SQLite, memory, behind one contract
-    flight, streams             **lease**: one computation per key, shared by all who ask
+    flight, leases, streams     **lease**: one computation per key, shared by all who ask
     backends.*                  **compute**: the demo, any OpenAI-compatible server, your function
     counts                      how calls ended, exactly
     calling, request, steps,

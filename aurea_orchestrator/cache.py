@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,13 +18,13 @@ from .errors import CodecError, StoreError
 from .events import Event, Outcome, Tally
 from .flight import Aside, Computation, Join, Lead, Stopped
 from .request import Reply, Request, Workings, count, tell
-from .steps import compute, lookup, opened, store
+from .steps import compute, lookup, opened, store, usable
 if TYPE_CHECKING:
     from aurea_orchestrator.config import Settings
 
 # %% auto #0
-__all__ = ['fetch', 'lead', 'lease', 'join', 'refresh', 'reply', 'failed', 'bypass', 'clear', 'made_by', 'glance', 'Cache',
-           'get_cache', 'use_cache']
+__all__ = ['fetch', 'lead', 'lease', 'join', 'agree', 'fresh', 'give_back', 'refresh', 'reply', 'failed', 'bypass', 'clear',
+           'made_by', 'glance', 'Cache', 'get_cache', 'use_cache']
 
 # %% ../nbs/50_cache.ipynb #ad002aec
 def fetch(cache: Workings, request: Request) -> Flow[list[Reply]]:
@@ -48,12 +49,18 @@ def fetch(cache: Workings, request: Request) -> Flow[list[Reply]]:
 
 
 def lead(cache: Workings, request: Request, mine: Computation) -> Flow[None]:
-    "The part of the sentence that runs once for all who wait: lookup again, compute, store."
+    "The part of the sentence that runs once for all who wait."
+    found: dict[str, Reply] = {}
     try:
-        found = yield from lookup(cache, request, mine.keys, fresh=True)  # Somebody may have stored it since we looked
-        missing = [key for key in mine.keys if key not in found]
-        values, cost = yield from compute(cache, request, missing)
-        found |= yield from store(cache, request, dict(zip(missing, values)), cost)
+        while missing := [key for key in mine.keys if key not in found]:
+            there, ours = yield from agree(cache, request, missing)
+            found |= there
+            try:
+                values, cost = yield from compute(cache, request, ours)
+            except BaseException:
+                yield from give_back(cache, ours)
+                raise
+            found |= yield from store(cache, request, dict(zip(ours, values)), cost)
     except BaseException as error:
         cache.flight.land(mine, error=error)
         raise
@@ -78,6 +85,43 @@ def join(cache: Workings, key: str, computation: Computation) -> Flow[dict[str, 
     if theirs.blob is None:
         return {key: theirs._replace(outcome=Outcome.SHARED)}
     return {key: opened(key, theirs.blob, Outcome.SHARED)}
+
+# %% ../nbs/50_cache.ipynb #102a1b3f
+def agree(cache: Workings, request: Request, keys: Sequence[str]) -> Flow[tuple[dict[str, Reply], list[str]]]:
+    "What others have stored meanwhile, and what is ours to compute; waits while neither is anything."
+    began, waited = cache.clock.tick(), Outcome.HIT
+    expected: Future[None] | None = None
+    try:
+        while True:
+            answers = yield from cache.leases.acquire(keys)
+            there = {key: one for key, (blob, _) in zip(keys, answers) if (one := fresh(cache, request, key, blob, waited))}
+            unfit = [key for key, (blob, _) in zip(keys, answers) if blob is not None and key not in there]
+            forced = (yield from cache.leases.acquire(unfit, force=True)) if unfit else []
+            ours = [key for key, (_, granted) in [*zip(keys, answers), *zip(unfit, forced)] if granted]
+            if there or ours:
+                return there, ours
+            if expected is not None:
+                yield cache.leases.wait(expected)
+                cache.leases.forget(keys, expected)
+            expected, waited = cache.leases.expect(keys), Outcome.SHARED
+    except StoreError as error:
+        tell(cache, "lease", request.kind, began, error)
+        return {}, list(keys)
+    finally:
+        if expected is not None:
+            cache.leases.forget(keys, expected)
+
+
+def fresh(cache: Workings, request: Request, key: str, blob: bytes | None, outcome: Outcome) -> Reply | None:
+    "What another process has stored, unless it is the stale or damaged entry that is to be replaced."
+    one = None if blob is None else usable(cache, request, key, blob, cache.clock.tick())
+    return one._replace(outcome=outcome) if one is not None and one.outcome is Outcome.HIT else None
+
+
+def give_back(cache: Workings, keys: Sequence[str]) -> Flow[None]:
+    "The leases of what was not computed after all."
+    with suppress(StoreError):
+        yield from cache.leases.settle([], keys)
 
 # %% ../nbs/50_cache.ipynb #ea672f2c
 def refresh(cache: Workings, request: Request, keys: Sequence[str]) -> Flow[None]:

@@ -15,6 +15,7 @@ from .counts import Counts
 from .effects import Effect
 from .events import Bus, Clock, Event, Outcome, Tally
 from .flight import Flight
+from .leases import Leases
 from .stores.base import Store
 from .streams import Streams
 
@@ -70,7 +71,7 @@ class Workings:
     ) -> None:
         self.store, self.enabled, self.finish, self.clock = store, enabled, finish, clock or Clock()
         self.ttl, self.ttls = ttl, {"embedding": 86400.0} if ttls is None else dict(ttls)
-        self.bus, self.counts, self.flight, self.streams = Bus(), Counts(store), Flight(), Streams()
+        self.bus, self.counts, self.flight, self.leases, self.streams = Bus(), Counts(store), Flight(), Leases(store), Streams()
         self.warned: set[str] = set()
         self.why = ""                                    # Why this store was chosen, for `/ready`
         _all.add(self)
@@ -88,7 +89,7 @@ _all: weakref.WeakSet[Workings] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for cache in list(_all):
-        cache.flight, cache.streams = Flight(), Streams()
+        cache.flight, cache.leases, cache.streams = Flight(), Leases(cache.store), Streams()
 
 
 if hasattr(os, "register_at_fork"):

@@ -21,34 +21,35 @@ from .stores.base import Item
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['lookup', 'opened', 'compute', 'store', 'depth', 'warn_once']
+__all__ = ['lookup', 'usable', 'opened', 'compute', 'store', 'depth', 'warn_once']
 
 # %% ../nbs/48_steps.ipynb #f143140a
-def lookup(cache: Workings, request: Request, wanted: Sequence[str], fresh: bool = False) -> Flow[dict[str, Reply]]:
-    "What the store has, by key; `fresh` leaves out what is past its ttl."
+def lookup(cache: Workings, request: Request, wanted: Sequence[str]) -> Flow[dict[str, Reply]]:
+    "What the store has, by key."
     began, distinct = cache.clock.tick(), list(dict.fromkeys(wanted))
     try:
         blobs = yield from cache.store.get_many(distinct)
     except StoreError as error:
         tell(cache, "lookup", request.kind, began, error)
         return {}
-    found = {}
-    for key, blob in zip(distinct, blobs):
-        if blob is None:
-            continue
-        try:
-            one = opened(key, blob)
-        except CodecError as error:
-            if not fresh:  # The second look at the same bytes is no second damage
-                tell(cache, "lookup", request.kind, began, error)
-            continue
-        past = cache.clock.now() - one.born - one.ttl
-        if past <= 0:
-            found[key] = one
-        elif past <= request.stale and not fresh:
-            found[key] = one._replace(outcome=Outcome.STALE)
+    found = {key: one for key, blob in zip(distinct, blobs) if (one := usable(cache, request, key, blob, began))}
     tell(cache, "lookup", request.kind, began)
     return found
+
+
+def usable(cache: Workings, request: Request, key: str, blob: bytes | None, began: float) -> Reply | None:
+    "The reply that the bytes under a key make; None if there are none, or they are damaged or too old."
+    if blob is None:
+        return None
+    try:
+        one = opened(key, blob)
+    except CodecError as error:
+        tell(cache, "lookup", request.kind, began, error)
+        return None
+    past = cache.clock.now() - one.born - one.ttl
+    if past <= 0:
+        return one
+    return one._replace(outcome=Outcome.STALE) if past <= request.stale else None
 
 
 def opened(key: str, blob: bytes, outcome: Outcome = Outcome.HIT) -> Reply:
@@ -85,8 +86,7 @@ def store(cache: Workings, request: Request, values: Mapping[str, Any], cost: fl
             warn_once(cache, request.name or request.kind, error)
     items = [Item(key, one.blob, one.ttl + request.stale) for key, one in replies.items() if one.blob is not None and one.ttl]
     try:
-        if items:
-            yield from cache.store.put_many(items)
+        yield from cache.leases.settle(items, values)
     except StoreError as error:
         tell(cache, "store", request.kind, began, error)
     else:
