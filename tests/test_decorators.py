@@ -230,10 +230,10 @@ async def test_async_verbs(counting):
 
 
 def test_ttl_and_default_cache(counting, tmp_path):
-    @cache_llm_response(ttl=0.2)
+    @cache_llm_response(ttl=1.5)
     def ask(prompt): counting.calls.append(1); return len(counting)
     assert (ask("p"), ask("p")) == (1, 1)
-    time.sleep(0.3)
+    time.sleep(1.6)
     assert ask("p") == 2
     own = Cache.from_url("memory://")
     mine = cached("mine", cache=own)(lambda x: x)
@@ -542,17 +542,17 @@ async def test_tasks_share_one_computation_whoever_leaves(counting):
 
 
 async def test_when_all_have_left_it_is_cancelled(counting):
-    ended = []
+    begun, ended = asyncio.Event(), asyncio.Event()
     @cache_llm_response
     async def ask(prompt):
+        begun.set()
         try: await asyncio.sleep(30)
-        except asyncio.CancelledError: ended.append(1); raise
+        except asyncio.CancelledError: ended.set(); raise
     tasks = [asyncio.create_task(ask("p")) for _ in range(3)]
-    await asyncio.sleep(0.05)
+    await asyncio.wait_for(begun.wait(), 10)
     for t in tasks: t.cancel()
     assert [type(r) for r in await asyncio.gather(*tasks, return_exceptions=True)] == [asyncio.CancelledError] * 3
-    await asyncio.sleep(0.05)
-    assert ended == [1]
+    await asyncio.wait_for(ended.wait(), 10)
 
 
 def test_recursion_with_the_same_arguments_does_not_wait_for_itself(counting):
