@@ -13,7 +13,7 @@ Where each word lives, from the ground up:
     stores.*                    **lookup**, **store**: Redis, SQLite, memory, behind one contract
     flight, leases, streams     **lease**: one computation per key, shared by all who ask
     backends.*                  **compute**: the demo, any OpenAI-compatible server, your function
-    counts                      how calls ended, exactly
+    admission, counts           what is worth storing; how calls ended, exactly
     calling, request, steps,
     replay                      the nouns and verbs of the sentence
     cache                       the sentence itself

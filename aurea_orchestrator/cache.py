@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from . import codec, keys
+from .admission import due
 from .counts import kinds, stats
 from .effects import Flow, adrive, drive
 from .errors import CodecError, StoreError
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from aurea_orchestrator.config import Settings
 
 # %% auto #0
-__all__ = ['fetch', 'lead', 'lease', 'join', 'agree', 'fresh', 'give_back', 'refresh', 'reply', 'failed', 'bypass', 'clear',
-           'made_by', 'glance', 'Cache', 'get_cache', 'use_cache']
+__all__ = ['fetch', 'lead', 'lease', 'join', 'agree', 'fresh', 'give_back', 'aging', 'refresh', 'reply', 'failed', 'bypass',
+           'clear', 'made_by', 'glance', 'Cache', 'get_cache', 'use_cache']
 
 # %% ../nbs/50_cache.ipynb #ad002aec
 def fetch(cache: Workings, request: Request) -> Flow[list[Reply]]:
@@ -33,7 +34,7 @@ def fetch(cache: Workings, request: Request) -> Flow[list[Reply]]:
         return (yield from bypass(cache, request))
     led: set[str] = set()
     found = yield from lookup(cache, request, request.keys)
-    yield from refresh(cache, request, [key for key, one in found.items() if one.outcome is Outcome.STALE])
+    yield from refresh(cache, request, {key: one.born for key, one in found.items() if aging(cache, request, one)})
     try:
         while missing := [key for key in dict.fromkeys(request.keys) if key not in found]:
             mine, theirs = lease(cache, request, missing)
@@ -48,12 +49,12 @@ def fetch(cache: Workings, request: Request) -> Flow[list[Reply]]:
     return reply(cache, request, found)
 
 
-def lead(cache: Workings, request: Request, mine: Computation) -> Flow[None]:
-    "The part of the sentence that runs once for all who wait."
+def lead(cache: Workings, request: Request, mine: Computation, known: Mapping[str, float] = {}) -> Flow[None]:
+    "The part of the sentence that runs once for all who wait; `known` are births of entries that are to be replaced."
     found: dict[str, Reply] = {}
     try:
         while missing := [key for key in mine.keys if key not in found]:
-            there, ours = yield from agree(cache, request, missing)
+            there, ours = yield from agree(cache, request, missing, known)
             found |= there
             try:
                 values, cost = yield from compute(cache, request, ours)
@@ -87,19 +88,19 @@ def join(cache: Workings, key: str, computation: Computation) -> Flow[dict[str, 
     return {key: opened(key, theirs.blob, Outcome.SHARED)}
 
 # %% ../nbs/50_cache.ipynb #102a1b3f
-def agree(cache: Workings, request: Request, keys: Sequence[str]) -> Flow[tuple[dict[str, Reply], list[str]]]:
+def agree(cache: Workings, request: Request, keys: Sequence[str], known: Mapping[str, float]) -> Flow[tuple[dict[str, Reply], list[str]]]:
     "What others have stored meanwhile, and what is ours to compute; waits while neither is anything."
     began, waited = cache.clock.tick(), Outcome.HIT
     expected: Future[None] | None = None
     try:
         while True:
             answers = yield from cache.leases.acquire(keys)
-            there = {key: one for key, (blob, _) in zip(keys, answers) if (one := fresh(cache, request, key, blob, waited))}
+            there = {key: one for key, (blob, _) in zip(keys, answers) if (one := fresh(cache, request, key, blob, known)) is not None}
             unfit = [key for key, (blob, _) in zip(keys, answers) if blob is not None and key not in there]
             forced = (yield from cache.leases.acquire(unfit, force=True)) if unfit else []
             ours = [key for key, (_, granted) in [*zip(keys, answers), *zip(unfit, forced)] if granted]
             if there or ours:
-                return there, ours
+                return {key: one._replace(outcome=waited) for key, one in there.items()}, ours
             if expected is not None:
                 yield cache.leases.wait(expected)
                 cache.leases.forget(keys, expected)
@@ -112,10 +113,10 @@ def agree(cache: Workings, request: Request, keys: Sequence[str]) -> Flow[tuple[
             cache.leases.forget(keys, expected)
 
 
-def fresh(cache: Workings, request: Request, key: str, blob: bytes | None, outcome: Outcome) -> Reply | None:
-    "What another process has stored, unless it is the stale or damaged entry that is to be replaced."
-    one = None if blob is None else usable(cache, request, key, blob, cache.clock.tick())
-    return one._replace(outcome=outcome) if one is not None and one.outcome is Outcome.HIT else None
+def fresh(cache: Workings, request: Request, key: str, blob: bytes | None, known: Mapping[str, float]) -> Reply | None:
+    "What another caller has stored, unless it is the stale, damaged or known entry that is to be replaced."
+    one = usable(cache, request, key, blob, cache.clock.tick())
+    return one if one is not None and one.outcome is Outcome.HIT and one.born > known.get(key, 0.0) else None
 
 
 def give_back(cache: Workings, keys: Sequence[str]) -> Flow[None]:
@@ -124,12 +125,17 @@ def give_back(cache: Workings, keys: Sequence[str]) -> Flow[None]:
         yield from cache.leases.settle([], keys)
 
 # %% ../nbs/50_cache.ipynb #ea672f2c
-def refresh(cache: Workings, request: Request, keys: Sequence[str]) -> Flow[None]:
-    "Begin to compute again what is past its ttl and nobody computes already."
-    if keys:
-        mine, _ = lease(cache, request, keys)
+def aging(cache: Workings, request: Request, one: Reply) -> bool:
+    "Whether an entry is past its ttl, or drew the lot to be refreshed before."
+    return one.outcome is Outcome.STALE or due(cache.clock.now(), one.born + one.ttl, one.cost, request.early, cache.chance())
+
+
+def refresh(cache: Workings, request: Request, known: Mapping[str, float]) -> Flow[None]:
+    "Begin to compute again what nobody computes already."
+    if known:
+        mine, _ = lease(cache, request, list(known))
         if mine.keys:
-            yield Aside(cache.flight, mine, lead(cache, request, mine), finish=True)
+            yield Aside(cache.flight, mine, lead(cache, request, mine, known), finish=True)
 
 # %% ../nbs/50_cache.ipynb #76735fa7
 def reply(cache: Workings, request: Request, found: Mapping[str, Reply]) -> list[Reply]:

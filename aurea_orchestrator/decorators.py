@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
 
+from .admission import anything, whole
 from .calling import Call, CallForMissing, together
 from .cache import Cache, clear, fetch, get_cache, glance
 from .effects import Effect, Flow, adrive, drive
@@ -44,19 +45,22 @@ class Options:
     version: str | int | None = None              # Your word for the function's code; a new one forgets the old answers
     ignore: str | Sequence[str] = ()        # Arguments that do not change the answer: a client, a logger
     stale: float | timedelta = 0.0          # Seconds past the ttl that an answer may be served while it is refreshed
+    keep: Callable[[Any], bool] | None = None  # Which answers are worth storing; None: those that were not cut short
+    early: float = 0.0                      # How eagerly to refresh before the ttl is over, in the background: 1 is usual, 0 never
     cache: Cache | None = None              # Which cache; None: the process-wide one, at each call
 
     def __post_init__(self) -> None:
         check_namespace(self.namespace)
         object.__setattr__(self, "ttl", None if self.ttl is None else _seconds("ttl", self.ttl, 1e-3))
         object.__setattr__(self, "stale", _seconds("stale", self.stale, 0.0))
+        object.__setattr__(self, "early", _seconds("early", self.early, 0.0))
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
 
 
 def _seconds(name: str, value: Any, least: float) -> float:
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds < least:
-        raise ConfigError(f"{name}={value!r} cannot work: it is a number of seconds, at least {least:g}, or a timedelta")
+        raise ConfigError(f"{name}={value!r} cannot work: it is a finite number, at least {least:g}, or a timedelta")
     return float(seconds)
 
 # %% ../nbs/51_decorators.ipynb #2c205d56
@@ -116,7 +120,8 @@ class _Asking(_Cached):
         ttl: Any = self.options.ttl or self.cache.ttl_of(self.kind)
         stale: Any = self.options.stale
         meta = {"name": self.name}
-        return Request(self.kind, keys, effect, ttl, self.name, bypass=fresh, stale=stale, tally=self.tally, meta=meta)
+        keep, early = self.options.keep or (whole if self.kind == "llm" else anything), self.options.early
+        return Request(self.kind, keys, effect, ttl, self.name, fresh, keep, self.tally, early, stale, meta)
 
     def key(self, *args: Any, **kwargs: Any) -> Any:
         "The key of a call: `kind:<64 hex>`, or `kind:<namespace>:<64 hex>`."
@@ -142,7 +147,7 @@ class CachedFunction(_Asking, Generic[_P, _R]):
         "The answer, where it can be told without any I/O; else the flow that gets it."
         fresh = self._fresh(args, kwargs) if kwargs or self._declares_bypass else False
         key = self._key(*args, **kwargs)
-        if not fresh and (found := glance(self.cache, self.kind, key, self.tally)) is not None:
+        if not fresh and not self.options.early and (found := glance(self.cache, self.kind, key, self.tally)) is not None:
             return found
         return self._ask(self._request([key], Call(self.__wrapped__, args, kwargs), fresh))
 

@@ -56,7 +56,7 @@ def backends_of(
 def build(settings: Settings, stack: ExitStack, cache: Cache | None = None) -> House:
     "The house that the settings describe; what it listens to ends with the stack."
     llm, embedding = backends_of(settings)
-    cache = cache or Cache.from_settings(settings, finish=True)
+    cache = cache or Cache.from_settings(settings, finish=True, jitter=0.05)
     metrics = Metrics(__version__, lambda: getattr(cache.store, "trouble", None) is None, server_folder())
     stack.enter_context(cache.bus.listening(metrics.hear))
     house = House(cache, llm, embedding, metrics, settings.api_keys, settings.max_body, __version__)

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from . import codec
+from .admission import anything
 from .effects import Flow
 from .errors import UnstorableError
 from .events import Outcome
 from .request import Reply, Request, Workings, count, tell
-from .steps import lookup, store, warn_once
+from .steps import lookup, store, warn_once, worth
 from .streams import Source, Tape
 
 # %% auto #0
@@ -72,8 +74,9 @@ def recording(cache: Workings, request: Request, begin: Callable[[], Source]) ->
         loose = next((one for one in (*tape.items, returned) if isinstance(one, Loose)), None)
         if loose is not None:
             warn_once(cache, request.name or request.kind, loose.why)
-        elif cache.enabled:
+        elif cache.enabled and worth(request, [thaw(piece) for piece in tape.items]):
             tell(cache, "compute", request.kind, began)
-            yield from store(cache, request, {request.keys[0]: [tape.items, returned]}, cache.clock.tick() - began)
+            record = {request.keys[0]: [tape.items, returned]}
+            yield from store(cache, replace(request, keep=anything), record, cache.clock.tick() - began)
     began = cache.clock.tick()
     return Tape(begin, finish, freeze=freeze, thaw=thaw)

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import os
+import random
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .admission import anything
 from .counts import Counts
 from .effects import Effect
 from .events import Bus, Clock, Event, Outcome, Tally
@@ -20,14 +22,9 @@ from .stores.base import Store
 from .streams import Streams
 
 # %% auto #0
-__all__ = ['keep_all', 'Request', 'Reply', 'Workings', 'tell', 'count']
+__all__ = ['Request', 'Reply', 'Workings', 'tell', 'count']
 
 # %% ../nbs/47_request.ipynb #126d39bf
-def keep_all(value: Any) -> bool:
-    "Every clean result is worth storing."
-    return True
-
-
 @dataclass(slots=True)
 class Request:
     "One call as the flow sees it."
@@ -38,8 +35,9 @@ class Request:
     ttl: float                                        # Seconds that a new entry is kept
     name: str = ""                                    # Who computes, for messages
     bypass: bool = False                              # Skip the lookup, compute, store
-    keep: Callable[[Any], bool] = keep_all            # Whether a result is worth storing
+    keep: Callable[[Any], bool] = anything            # Whether a result is worth storing
     tally: Tally = field(default_factory=Tally)       # Counts what becomes of it, beside the cache's own tally
+    early: float = 0.0                                # How eagerly to refresh before the ttl is over; see `admission.due`
     stale: float = 0.0                                # Seconds past the ttl that an entry may be served while it is refreshed
     meta: dict[str, Any] = field(default_factory=dict)# Facts to store with a new entry
 
@@ -54,6 +52,7 @@ class Reply(NamedTuple):
     born: float = 0.0           # When it was computed, Unix seconds
     ttl: float = 0.0            # Seconds it is kept from then on; 0 when it is not stored
     meta: Mapping[str, Any] = {}
+    cost: float = 0.0           # Seconds that computing it took
 
 # %% ../nbs/47_request.ipynb #8b796ce6
 class Workings:
@@ -67,9 +66,12 @@ class Workings:
         ttls: Mapping[str, float] | None = None,         # The same by kind; default: embeddings a day
         enabled: bool = True,                            # False: compute everything, store nothing
         finish: bool = False,                            # Finish a computation that everybody has left
+        jitter: float = 0.0,                             # Shorten each ttl by up to this part, so that not all end together
         clock: Clock | None = None,                      # None: the time of this machine
+        chance: Callable[[], float] = random.random,     # Draws from [0, 1)
     ) -> None:
         self.store, self.enabled, self.finish, self.clock = store, enabled, finish, clock or Clock()
+        self.jitter, self.chance = jitter, chance
         self.ttl, self.ttls = ttl, {"embedding": 86400.0} if ttls is None else dict(ttls)
         self.bus, self.counts, self.flight, self.leases, self.streams = Bus(), Counts(store), Flight(), Leases(store), Streams()
         self.warned: set[str] = set()

@@ -181,7 +181,7 @@ async def generate(house: House, given: dict[str, Any]) -> tuple[list[Reply], by
     asked = keys_of(house, "llm", backend, [{"prompt": prompt, "context": context, "model": model, "params": given}])
     request = CacheRequest(
         "llm", asked, lambda _: Ask(answer), house.cache.ttl_of("llm"),
-        name="/llm/generate", bypass=fresh, keep=lambda _: all(whole), meta={"name": "/llm/generate"},
+        name="/llm/generate", bypass=fresh, keep=lambda _: all(whole), early=1.0, meta={"name": "/llm/generate"},
     )  # fmt: skip
     replies = await adrive(fetch(house.cache, request))
     return replies, replies[0].value
@@ -201,7 +201,7 @@ async def embed(house: House, given: dict[str, Any]) -> tuple[list[Reply], bytes
     asked = keys_of(house, "embedding", backend, [{"text": text, "model": model, "params": given} for text in texts])
     request = CacheRequest(
         "embedding", asked, lambda places: Ask(lambda: vectors(places)), house.cache.ttl_of("embedding"),
-        name="/embedding/generate", bypass=fresh, meta={"name": "/embedding/generate"},
+        name="/embedding/generate", bypass=fresh, early=1.0, meta={"name": "/embedding/generate"},
     )  # fmt: skip
     replies = await adrive(fetch(house.cache, request))
     values = [reply.value for reply in replies]

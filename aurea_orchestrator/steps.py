@@ -21,7 +21,7 @@ from .stores.base import Item
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['lookup', 'usable', 'opened', 'compute', 'store', 'depth', 'warn_once']
+__all__ = ['lookup', 'usable', 'opened', 'compute', 'store', 'worth', 'depth', 'warn_once']
 
 # %% ../nbs/48_steps.ipynb #f143140a
 def lookup(cache: Workings, request: Request, wanted: Sequence[str]) -> Flow[dict[str, Reply]]:
@@ -55,7 +55,7 @@ def usable(cache: Workings, request: Request, key: str, blob: bytes | None, bega
 def opened(key: str, blob: bytes, outcome: Outcome = Outcome.HIT) -> Reply:
     "The reply that an entry makes. Raises `DamagedEntryError`."
     entry = codec.decode(blob, seal=key.encode())
-    return Reply(key, entry.value, outcome, blob, entry.born, entry.ttl or 0.0, entry.meta)
+    return Reply(key, entry.value, outcome, blob, entry.born, entry.ttl or 0.0, entry.meta, entry.cost)
 
 # %% ../nbs/48_steps.ipynb #025a5634
 def compute(cache: Workings, request: Request, missing: Sequence[str]) -> Flow[tuple[Sequence[Any], float]]:
@@ -77,11 +77,12 @@ def compute(cache: Workings, request: Request, missing: Sequence[str]) -> Flow[t
 def store(cache: Workings, request: Request, values: Mapping[str, Any], cost: float) -> Flow[dict[str, Reply]]:
     "Store what can and should be stored; a reply for every value."
     began, born, meta = cache.clock.tick(), cache.clock.now(), request.meta
+    ttl = request.ttl * (1.0 - cache.jitter * cache.chance())
     replies = {key: Reply(key, value, Outcome.MISS, None, born, 0.0, meta) for key, value in values.items()}
     for key, value in values.items():
         try:
-            blob = codec.encode(value, born=born, ttl=request.ttl, cost=cost / len(values), meta=meta, seal=key.encode())
-            replies[key] = replies[key]._replace(blob=blob, ttl=request.ttl if request.keep(value) else 0.0)
+            blob = codec.encode(value, born=born, ttl=ttl, cost=cost / len(values), meta=meta, seal=key.encode())
+            replies[key] = replies[key]._replace(blob=blob, ttl=ttl if worth(request, value) else 0.0)
         except UnstorableError as error:
             warn_once(cache, request.name or request.kind, error)
     items = [Item(key, one.blob, one.ttl + request.stale) for key, one in replies.items() if one.blob is not None and one.ttl]
@@ -92,6 +93,15 @@ def store(cache: Workings, request: Request, values: Mapping[str, Any], cost: fl
     else:
         tell(cache, "store", request.kind, began)
     return replies
+
+
+def worth(request: Request, value: Any) -> bool:
+    "Whether `keep` wants a value stored. A predicate that fails loses the entry, not the call."
+    try:
+        return bool(request.keep(value))
+    except Exception:
+        _log.exception("%s: keep= failed; the answer was returned but not cached", request.name or request.kind)
+        return False
 
 
 def depth() -> int:

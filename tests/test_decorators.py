@@ -643,3 +643,43 @@ def test_the_next_process_hits_and_edits_of_the_code_recompute(tmp_path):
     assert run_script(path, tmp_path) == 0
     assert run_script(path, tmp_path, edit="  # a comment changes nothing") == 0
     assert run_script(path, tmp_path, body=" + '!'") == 20  # in __main__ the function's source is part of the key
+
+
+# ---- what is worth storing, and refreshing
+
+@pytest.mark.parametrize("cut", [{"choices": [{"finish_reason": "length", "text": "so f"}]}, {"finish_reason": "content_filter"}, {"stop_reason": "max_tokens"}])
+def test_answers_that_were_cut_short_are_returned_but_not_stored(counting, cut):
+    @cache_llm_response
+    def ask(prompt): counting.calls.append(1); return cut
+    assert ask("p") == ask("p") == cut and len(counting) == 2
+
+
+def test_a_stream_that_was_cut_short_is_not_stored(counting):
+    @cache_llm_response
+    def stream(prompt): counting.calls.append(1); yield {"text": "so"}; yield {"choices": [{"finish_reason": "length"}]}
+    assert list(stream("p")) == list(stream("p")) and len(counting) == 2
+
+
+def test_keep_decides_and_never_fails_the_call(counting):
+    @cache_llm_response(keep=lambda answer: answer != "bad")
+    def ask(prompt): counting.calls.append(1); return "bad" if len(counting) == 1 else "good"
+    assert (ask("p"), ask("p"), ask("p")) == ("bad", "good", "good")
+    @cache_llm_response(keep=lambda answer: 1 / 0)
+    def other(prompt): return "answer"
+    assert other("p") == "answer"
+
+
+async def test_an_early_refresh_runs_in_the_background(counting, cache):
+    cache.chance = lambda: 1 - 1e-12  # this caller always draws the lot
+    @cache_llm_response(ttl=60, early=50)
+    async def ask(prompt): counting.calls.append(1); await asyncio.sleep(0.05); return len(counting)
+    assert await ask("p") == 1
+    assert await ask("p") == 1  # the old answer at once, while a new one is computed
+    for _ in range(200):
+        if len(counting) > 1: break
+        await asyncio.sleep(0.01)
+    cache.chance = lambda: 0.0
+    for _ in range(200):
+        if await ask("p") == 2: break
+        await asyncio.sleep(0.01)
+    assert await ask("p") == 2 and len(counting) == 2 and ask.cache_info().misses == 1

@@ -2,17 +2,20 @@
 
 Nothing is run or imported. Prose and lesson cells stay as they are, with their stored outputs. An exported cell becomes the reference
 entries of the public names that it defines, then its source, folded (`#| exports` or `#| code-fold: false`: open). Names in backticks
-become links.
+become links, and links to notebooks lead to their pages.
 """
 from __future__ import annotations
 
 import ast
 import io
 import json
+import posixpath
 import re
 import shutil
 import sys
 import tokenize
+from collections.abc import Callable
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -137,38 +140,60 @@ def reference(code: str, links: Links) -> str:
 # ---- links
 
 class Links:
-    "Names in backticks that this project knows, made into references."
+    "Names in backticks that this project knows, made into references; and the links of a notebook, made into those of its page."
 
-    def __init__(self, symbols: dict[str, str], pages: dict[str, str], here: str | None) -> None:
+    def __init__(self, symbols: dict[str, str], pages: dict[str, str], here: str | None, leads: Callable[[str], str] = str) -> None:
         self.symbols, self.pages, self.here = symbols, pages, here          # name -> full name; module -> page; the page's own module
+        self.leads = leads                                                  # where a link leads, from the page
 
     def text(self, markdown: str) -> str:
-        "Prose with links; fences, links and headings stay."
+        "Prose with links; fences and headings stay."
         pieces = re.split(r"(^(?:```|~~~|:::).*?^(?:```|~~~|:::)\s*?$|^#+ [^\n]*$|\[[^\]\n]*\]\([^)\n]*\))", markdown, flags=re.M | re.S)
         word = r"(?<![`\w}])`(?P<name>[^`\n]+)`(?!`)(?=(?P<page> (?:notebook|page|module))?)"
-        return "".join(p if i % 2 else re.sub(word, self._one, p) for i, p in enumerate(pieces))
+        return "".join(self._link(p) if i % 2 else re.sub(word, self._one, p) for i, p in enumerate(pieces))
+
+    def _link(self, piece: str) -> str:
+        if not piece.startswith("["): return piece
+        said, _, url = piece.removesuffix(")").rpartition("](")
+        return f"{said}]({self.leads(url)})"
 
     def _one(self, m: re.Match[str]) -> str:
-        said, name = m["name"], m["name"].removesuffix("()")
-        module = name.removeprefix(f"{PKG}.")
-        meant = m["page"] or "." in name or "_" in name or m.string[:m.start()].lower().endswith("see ")  # `keys` alone may be any keys
-        if module in self.pages and module != self.here and meant: return f"{{doc}}`{said} </{self.pages[module]}>`"
-        if full := self.symbols.get(name): return f"{{py:obj}}`{said} <{full}>`"
+        said, name = m["name"], m["name"].removesuffix("()").removeprefix(f"{PKG}.")
+        word = name.islower() and name.isalpha()                            # `keys` may be any keys, `store` any store
+        meant = m["page"] or not word or m.string[:m.start()].lower().endswith("see ")
+        if name in self.pages and name != self.here and meant: return f"{{doc}}`{said} </{self.pages[name]}>`"
+        full = self.symbols.get(name)
+        if full and (not word or said.endswith("()") or full == f"{PKG}.{self.here}.{name}"): return f"{{py:obj}}`{said} <{full}>`"
         return m[0]
 
 
 def symbols(books: dict[str, list[str]]) -> dict[str, str]:
-    "Public names, each with the module that defines it; a name that two modules define has no link."
+    """Each way to write a public name that can mean one thing only, and its full name.
+
+    `Class.method` and `module.name` can. A bare name can if one module defines it and it is no method, attribute or argument of anything.
+    """
     found: dict[str, set[str]] = {}
-    for module, cells in books.items():
-        for code in cells:
-            for node in ast.parse(code).body:
-                if not isinstance(node, ast.ClassDef | Def) or node.name.startswith("_") or "patch" in decorators(node): continue
-                found.setdefault(node.name, set()).add(f"{PKG}.{module}.{node.name}")
-                for sub in node.body if isinstance(node, ast.ClassDef) else ():
-                    if isinstance(sub, Def) and not sub.name.startswith("_") and ast.get_docstring(sub):
-                        found.setdefault(f"{node.name}.{sub.name}", set()).add(f"{PKG}.{module}.{node.name}.{sub.name}")
-    return {name: full.pop() for name, full in found.items() if len(full) == 1}
+    taken: set[str] = set()
+    for module, node in ((module, node) for module, cells in books.items() for code in cells for node in ast.parse(code).body):
+        if not isinstance(node, ast.ClassDef | Def): continue
+        taken |= inside(node)
+        if node.name.startswith("_") or "patch" in decorators(node): continue
+        full = f"{PKG}.{module}.{node.name}"
+        for way in (node.name, f"{module}.{node.name}"): found.setdefault(way, set()).add(full)
+        for sub in node.body if isinstance(node, ast.ClassDef) else ():
+            if not isinstance(sub, Def) or sub.name.startswith("_"): continue
+            documented = f"{full}.{sub.name}" if ast.get_docstring(sub) else ""
+            for way in (f"{node.name}.{sub.name}", f"{node.name.lower()}.{sub.name}"): found.setdefault(way, set()).add(documented)
+    return {way: next(iter(full)) for way, full in found.items() if way not in taken and len(full) == 1 and all(full)}
+
+
+def inside(node: ast.AST) -> set[str]:
+    "What a definition names within itself: methods, attributes, arguments."
+    inner = [sub for sub in ast.walk(node) if sub is not node]
+    attributes = {sub.attr for sub in inner if isinstance(sub, ast.Attribute) and isinstance(sub.ctx, ast.Store)}
+    fields = {sub.target.id for sub in inner if isinstance(sub, ast.AnnAssign) and isinstance(sub.target, ast.Name)}
+    methods, given = {sub.name for sub in inner if isinstance(sub, Def)}, {sub.arg for sub in inner if isinstance(sub, ast.arg)}
+    return attributes | fields | methods | given
 
 
 # ---- pages
@@ -210,6 +235,16 @@ def steps(markdown: str) -> str:
     return re.sub(r"^\**request\**[ \t]*→.*reply\**[ \t]*$", row, markdown, flags=re.M)
 
 
+def leads(url: str, book: Path, pages: dict[Path, str], repository: str) -> str:
+    "Where a link of a notebook leads on its page: to a notebook's page, or to a file in the repository."
+    file, mark, anchor = url.partition("#")
+    if not file or re.match(r"\w+:", file): return url
+    path = (book.parent / file).resolve()
+    if path in pages: return posixpath.relpath(f"/{pages[path]}.ipynb", posixpath.dirname(f"/{pages[book]}")) + mark + anchor
+    if not path.exists(): sys.exit(f"docs: {book.name} has a link to {file}, which is not there")
+    return url if path.is_relative_to(ROOT / "nbs") else f"{repository}/{path.relative_to(ROOT).as_posix()}{mark}{anchor}"
+
+
 def toctree(caption: str, pages: list[str]) -> str:
     return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```", ""]) if pages else ""
 
@@ -223,13 +258,17 @@ def main(out: Path) -> None:
     names = {p: p.relative_to(nbs).with_name(re.sub(r"^\d+_", "", p.name)).with_suffix("").as_posix() for p in paths}
     books = {m: [bare(s) for s in code[p] if re.search(r"^#\|\s*export", s, re.M)] for p, m in made.items() if m}
     known, where = symbols(books), {m: names[p] for p, m in made.items() if m}
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    repository = f"{ini['DEFAULT']['git_url']}/blob/{ini['DEFAULT']['branch']}"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(ROOT / "docs", out, ignore=shutil.ignore_patterns("_src", "__pycache__"))
     (out / "symbols.json").write_text(json.dumps(known))
     for p in paths:
         target = out / f"{names[p]}.ipynb"
         target.parent.mkdir(parents=True, exist_ok=True)
-        nb = page(read[p], made[p], Links(known, where, made[p]))
+        links = Links(known, where, made[p], lambda url, book=p: leads(url, book, names, repository))  # type: ignore[misc]
+        nb = page(read[p], made[p], links)
         if names[p] == "index":
             text = toctree("Tutorials", [names[q] for q in paths if "tutorials" in q.relative_to(nbs).parts])
             text += "\n" + toctree("Reference", [names[q] for q in paths if made[q]])

@@ -1,4 +1,4 @@
-"""README.md is nbs/index.ipynb as text, stored outputs included.
+"""README.md is nbs/index.ipynb as text, stored outputs included. Links are relative to where they stand, so they lead from both.
 
     python tools/readme.py           write README.md
     python tools/readme.py --check   fail with a diff where README.md says something else
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import posixpath
 import re
 import sys
 from collections.abc import Iterator
@@ -43,11 +44,19 @@ def shown(output: dict[str, Any]) -> str | None:
     return fence(ANSI.sub("", "".join(data["text/plain"])), "text") if "text/plain" in data else None
 
 
+def rooted(markdown: str) -> str:
+    "Prose with its links, which lead from nbs/, leading from the root."
+    def one(m: re.Match[str]) -> str:
+        if not m["url"] or re.match(r"\w+:|#|/", m["url"]): return m[0]
+        return f"]({posixpath.normpath('nbs/' + m['url'])})"
+    return re.sub(r"^(?P<fence>`{3,}).*?^(?P=fence)|\]\((?P<url>[^)\s]+)\)", one, markdown, flags=re.M | re.S)
+
+
 def parts(notebook: dict[str, Any]) -> Iterator[str]:
     "The blocks of the page."
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown": yield source.strip()
+        if cell["cell_type"] == "markdown": yield rooted(source.strip())
         if cell["cell_type"] != "code": continue
         found = directives(source)
         if {"hide", "default_exp", "export", "exporti"} & found.keys() or found.get("include") == "false": continue

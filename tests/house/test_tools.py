@@ -86,6 +86,12 @@ def test_a_package_that_is_not_what_the_notebooks_export_is_seen(tmp_path):
         assert says in done.stdout
 
 
+def test_links_of_the_readme_lead_from_the_root():
+    said = "[a](tutorials/01_a.ipynb#b), [c](../C.md), [d](https://d.example/e), [f](#g)\n\n```\n[h](i.ipynb)\n```"
+    rooted = "[a](nbs/tutorials/01_a.ipynb#b), [c](C.md), [d](https://d.example/e), [f](#g)\n\n```\n[h](i.ipynb)\n```"
+    assert readme.rooted(said) == rooted
+
+
 def test_readme_shows_cells_and_outputs_but_not_what_is_hidden():
     def code(source, *outputs): return {"cell_type": "code", "source": [source], "outputs": list(outputs)}
     out = {"output_type": "stream", "name": "stdout", "text": ["\x1b[1mtwo\x1b[0m\n"]}
@@ -124,5 +130,35 @@ def test_reference_entries_come_from_the_source():
                  "{py:property} weight\n:type: float", "{py:method} open(*, wait: float=1.0) -> bytes\n:async:"):
         assert says in text
     assert not any(word in text for word in ("_hidden", "_secret", "_private", "silent"))
-    stays = "the `keys`, `x = Shelf`, [`Shelf`](there)\n\n```\n`Shelf`\n```"
+    stays = "the `keys`, `shelf`, `x = Shelf`, [`Shelf`](there)\n\n```\n`Shelf`\n```"
     assert links.text(f"see `keys`, {stays}") == f"see {{doc}}`keys </keys>`, {stays}"
+
+
+def test_a_name_that_may_mean_two_things_is_not_linked():
+    books = {
+        "cache": ["class Cache:\n    def clear(self): 'Forget.'\n    def stats(self): 'Totals.'\ndef clear(): ...\ndef refresh(): ...\ndef get_cache(): ..."],
+        "codec": ["def encode(size): ...\ndef size(): ...\ndef wait(): ...\ndef _own(retry_after): ..."],
+        "wire": ["class _Cached:\n    after: int\n    def refresh(self): self.wait = 1\ndef encode(): ...\ndef after(): ...\ndef retry_after(): ..."],
+    }
+    links = docs_src.Links(docs_src.symbols(books), {name: name for name in books}, "codec")
+    for name in ("clear", "cache.clear", "refresh", "refresh()", "encode", "size", "wait", "after()", "retry_after", "codec", "nobody"):
+        assert links.text(f"the `{name}`") == f"the `{name}`"
+    for said, full in {
+        "get_cache": "cache.get_cache", "get_cache()": "cache.get_cache", "cache.refresh": "cache.refresh", "Cache.clear": "cache.Cache.clear",
+        "cache.stats()": "cache.Cache.stats", "aurea_orchestrator.wire.encode": "wire.encode", "codec.encode": "codec.encode",
+    }.items():
+        assert links.text(f"the `{said}`") == f"the {{py:obj}}`{said} <aurea_orchestrator.{full}>`"
+    assert links.text("see `wire`, the `wire` page") == "see {doc}`wire </wire>`, the {doc}`wire </wire>` page"
+
+
+def test_a_link_between_notebooks_leads_to_the_page():
+    nbs = ROOT / "nbs"
+    pages = {nbs / "50_cache.ipynb": "cache", nbs / "tutorials" / "01_a.ipynb": "tutorials/a", nbs / "tutorials" / "02_b.ipynb": "tutorials/b"}
+
+    def to(url, book="tutorials/01_a.ipynb"): return docs_src.leads(url, nbs / book, pages, "https://forge.example/blob/main")
+    assert [to("02_b.ipynb"), to("02_b.ipynb#c"), to("../50_cache.ipynb")] == ["b.ipynb", "b.ipynb#c", "../cache.ipynb"]
+    assert [to("tutorials/02_b.ipynb", "50_cache.ipynb"), to("#c"), to("https://d.example/e.ipynb")] == ["tutorials/b.ipynb", "#c", "https://d.example/e.ipynb"]
+    assert to("../deploy/alerts.yml", "50_cache.ipynb") == "https://forge.example/blob/main/deploy/alerts.yml"
+    with pytest.raises(SystemExit, match="03_gone"): to("03_gone.ipynb")
+    links = docs_src.Links({}, {}, None, to)
+    assert links.text("a [`b`](02_b.ipynb) c\n\n```\n[b](02_b.ipynb)\n```") == "a [`b`](b.ipynb) c\n\n```\n[b](02_b.ipynb)\n```"
