@@ -18,7 +18,8 @@ Where each word lives, from the ground up:
     replay                      the nouns and verbs of the sentence
     cache                       the sentence itself
     decorators                  the sentence around a function
-    metrics, auth, routes, main **request**, **reply**: the ASGI app
+    metrics, auth, routes,
+    front, main                 **request**, **reply**: the ASGI app
     cli                         the command `aurea`
     contract, testing           suites for stores and backends of your own
 

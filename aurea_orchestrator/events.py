@@ -45,7 +45,7 @@ def hits_and_misses(
     return {"hits": int(sum(counts.get(o, 0) for o in HITS)), "misses": int(counts.get(Outcome.MISS, 0))}
 
 # %% ../nbs/02_events.ipynb #f5697141
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Event:
     "One step was done, or one call ended."
 

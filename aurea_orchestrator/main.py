@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.routing import APIRoute
 
 from . import __version__
 from .auth import open_door
@@ -23,13 +22,14 @@ from .backends.demo import DemoBackend
 from .backends.openai import OpenAIBackend
 from .cache import Cache
 from .config import Settings
+from .front import Front
 from .metrics import Metrics, server_folder
 from .routes import ASK, CACHE, LOOK, House
 
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['app', 'backends_of', 'build', 'announce', 'without_query', 'Measured', 'create_app']
+__all__ = ['app', 'backends_of', 'build', 'announce', 'without_query', 'create_app']
 
 # %% ../nbs/75_main.ipynb #f4831460
 _OPENAI = "https://api.openai.com/v1"  # Where the official client goes when it is given a key alone
@@ -117,32 +117,6 @@ class _Door:
             if self._cache is None:
                 await house.cache.aclose()
 
-# %% ../nbs/75_main.ipynb #664e05c0
-class Measured:
-    "Tells how each HTTP request ended."
-
-    def __init__(self, app: ASGIApp, house: Callable[[], House | None]) -> None:
-        self.app, self.house = app, house
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        began, status = time.perf_counter(), 500
-
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, watch)
-        finally:
-            if (house := self.house()) is not None:
-                path = getattr(scope.get("route"), "path", "other")
-                house.metrics.answered(scope["method"], path, status, time.perf_counter() - began)
-
 # %% ../nbs/75_main.ipynb #116fabaa
 def create_app(
     settings: Settings | None = None,  # None: read from the environment when the app starts
@@ -167,7 +141,8 @@ def create_app(
     app.state.open, app.state.shut = door.open, door.shut
     for router in (LOOK, ASK, CACHE):
         app.include_router(router)
-    app.add_middleware(Measured, house=lambda: door._house)
+    express = {route.path: route.endpoint for route in ASK.routes if isinstance(route, APIRoute)}
+    app.add_middleware(Front, house=lambda: door._house, express=express)
     return app
 
 

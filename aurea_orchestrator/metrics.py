@@ -122,7 +122,7 @@ class _Meters:
             _log.warning("prometheus_client was imported before the app: set PROMETHEUS_MULTIPROC_DIR for sums over all workers")
             folder = None
         self._prom, self._version, self._store_up, self._folder = prom, version, store_up, folder
-        self._own = prom.CollectorRegistry()
+        self._own, self._series = prom.CollectorRegistry(), dict[tuple[Any, tuple[str, ...]], Any]()
         self._hits = self._counter("cache_hits_total", "cache_type")
         self._misses = self._counter("cache_misses_total", "cache_type")
         self._outcomes = self._counter("cache_outcomes_total", "cache_type", "outcome")
@@ -154,20 +154,24 @@ class Metrics(_Meters):
     def hear(self, event: Event) -> None:
         "Count an event; give it to `Bus.listening`."
         if (outcome := event.outcome) is not None:
-            self._outcomes.labels(event.kind, outcome.value).inc(event.count)
+            self._of(self._outcomes, event.kind, outcome.value).inc(event.count)
             if outcome in HITS:
-                self._hits.labels(event.kind).inc(event.count)
+                self._of(self._hits, event.kind).inc(event.count)
             elif outcome is Outcome.MISS:
-                self._misses.labels(event.kind).inc(event.count)
+                self._of(self._misses, event.kind).inc(event.count)
         elif event.error is None:
-            self._steps.labels(event.kind, event.step).observe(event.seconds)
+            self._of(self._steps, event.kind, event.step).observe(event.seconds)
         else:
-            self._errors.labels(event.kind, event.step, event.error).inc()
+            self._of(self._errors, event.kind, event.step, event.error).inc()
+
+    def _of(self, metric: Any, *labels: str) -> Any:
+        "The series with these labels; remembered, since asking the library takes several microseconds."
+        return self._series.get((metric, labels)) or self._series.setdefault((metric, labels), metric.labels(*labels))
 
     def answered(self, method: str, path: str, status: int, seconds: float) -> None:
         "Count an HTTP reply. `path` must be a route, not what a client wrote, or series would grow without bound."
-        self._requests.labels(method, path, str(status)).inc()
-        self._seconds.labels(method, path).observe(seconds)
+        self._of(self._requests, method, path, str(status)).inc()
+        self._of(self._seconds, method, path).observe(seconds)
 
     def render(self) -> bytes:
         "The page that Prometheus reads, in its text format 0.0.4."

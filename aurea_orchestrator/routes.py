@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Annotated, Any
+from urllib.parse import parse_qsl
 
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
@@ -19,7 +20,7 @@ from fastapi.security import APIKeyHeader
 from . import keys
 from .auth import allowed
 from .backends.base import Backend
-from .cache import Cache, fetch
+from .cache import Cache, answer
 from .effects import Effect, adrive
 from .errors import BackendError, BackendRefusedError, BackendTimeoutError, ConfigError, StoreError, UnkeyableError
 from .events import HITS, Event, Outcome
@@ -78,7 +79,7 @@ async def read_body(request: Request, most: int) -> bytes:
 async def read_parameters(request: Request, most: int, known: Sequence[str]) -> dict[str, Any]:
     "The parameters of a request: `known` ones from the query, any from a JSON body."
     given: dict[str, Any] = {}
-    for name, value in request.query_params.multi_items():
+    for name, value in parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True):
         if name not in known:
             raise BadRequest(422, f"unknown query parameter {name!r}; known: {', '.join(known)}; others go into a JSON body")
         if name in given:
@@ -172,7 +173,7 @@ async def generate(house: House, given: dict[str, Any]) -> tuple[list[Reply], by
         raise BadRequest(422, "'stream' is not spoken here; leave it out")
     whole: list[bool] = []
 
-    async def answer() -> list[bytes]:
+    async def ask() -> list[bytes]:
         said = await backend.generate(prompt, context, model, **given)
         whole.append(said.complete)
         facts = {"response": said.response, "model": said.model, "backend": backend.name}
@@ -180,10 +181,10 @@ async def generate(house: House, given: dict[str, Any]) -> tuple[list[Reply], by
 
     asked = keys_of(house, "llm", backend, [{"prompt": prompt, "context": context, "model": model, "params": given}])
     request = CacheRequest(
-        "llm", asked, lambda _: Ask(answer), house.cache.ttl_of("llm"),
+        "llm", asked, lambda _: Ask(ask), house.cache.ttl_of("llm"),
         name="/llm/generate", bypass=fresh, keep=lambda _: all(whole), early=1.0, meta={"name": "/llm/generate"},
     )  # fmt: skip
-    replies = await adrive(fetch(house.cache, request))
+    replies = await answer(house.cache, request)
     return replies, replies[0].value
 
 # %% ../nbs/72_routes.ipynb #62a4c2cd
@@ -203,10 +204,9 @@ async def embed(house: House, given: dict[str, Any]) -> tuple[list[Reply], bytes
         "embedding", asked, lambda places: Ask(lambda: vectors(places)), house.cache.ttl_of("embedding"),
         name="/embedding/generate", bypass=fresh, early=1.0, meta={"name": "/embedding/generate"},
     )  # fmt: skip
-    replies = await adrive(fetch(house.cache, request))
-    values = [reply.value for reply in replies]
-    facts = {"model": replies[0].meta.get("model", model), "backend": backend.name, "dimensions": len(values[0])}
-    return replies, msgspec.json.encode({"embedding": values if several else values[0], **facts})
+    replies = await answer(house.cache, request)
+    facts = {"model": replies[0].meta.get("model", model), "backend": backend.name, "dimensions": len(replies[0].value)}
+    return replies, msgspec.json.encode({"embedding": [reply.value for reply in replies] if several else replies[0].value, **facts})
 
 # %% ../nbs/72_routes.ipynb #a0ff334e
 _FORWARDED = {Outcome.MISS: "fwd=miss", Outcome.SHARED: "fwd=miss; collapsed", Outcome.BYPASS: "fwd=request"}

@@ -113,7 +113,8 @@ def klass(cls: ast.ClassDef, said: dict[int, str], links: Links) -> list[str]:
         sig = "(" + ", ".join(f"{n}: {k}" + (f" = {d}" if d else "") for n, k, d, _ in rows if k and "ClassVar" not in k) + ")"
     inner: list[str] = []
     doc = links.text(ast.get_docstring(cls) or "")
-    if bases := [b for b in bases if b not in ("object", "ABC")]: doc += "\n\nBases: " + ", ".join(links.text(f"`{b}`") for b in bases)
+    bases = [links.text(f"`{b}`") for b in bases if b not in ("object", "ABC") and not b.startswith(("_", "Generic["))]
+    if bases: doc += "\n\nBases: " + ", ".join(bases)
     for n, k, d, text in rows:
         options = [f":type: {k}"] * bool(k) + [f":value: {d}"] * bool(d and len(d) < 60)
         inner += [f"::::{{py:attribute}} {n}", ":no-contents-entry:", *options, "", links.text(text), "::::", ""]

@@ -10,66 +10,30 @@ import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from hashlib import sha1
 from typing import Any, TypeAlias
 
 import redis
 import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
-from redis.exceptions import ClusterDownError, NoPermissionError
-from redis.retry import Retry
+from redis.exceptions import NoScriptError
 
 from ..address import Address, read_address
 from ..effects import Flow
-from ..errors import ConfigError, StoreError, StoreTimeoutError, StoreUnavailableError
+from ..errors import ConfigError, StoreError
 from ..gather import Gather
 from ..sides import Once, Sides, Turns
-from .base import Item, Page, Store
+from .base import Ears, Item, Page, Store
+from .link import Client, Maker, Node, fault, open_client, primaries
+from .tracking import Tracking, lease
 
 # %% auto #0
 __all__ = ['RedisStore']
-
-# %% ../../nbs/24_stores.redis.ipynb #c7d2c1cb
-_Client: TypeAlias = Any  # redis-py's four kinds share no base class
-_Own: TypeAlias = Callable[[], _Client] | None  # Makes a client of the user's own
-_QUIET = {"driver_info": None} if hasattr(redis, "DriverInfo") else {"lib_name": None, "lib_version": None}
-
-
-def _waits(seconds: float | None) -> dict[str, Any]:
-    return {"socket_timeout": seconds, "socket_connect_timeout": seconds}
-
-
-def _open(
-    at: Address,
-    module: Any,            # `redis` or `redis.asyncio`
-    timeout: float,         # Seconds of one wait
-    limit: int,             # Connections, to each server
-) -> tuple[_Client, list[_Client]]:
-    "Make a client. All but the blocking one of a cluster connect at their first command."
-    retry = (Retry if module is redis else AsyncRetry)(NoBackoff(), 0)
-    link: dict[str, Any] = {**_waits(timeout if module is redis else None), "protocol": 2, "retry": retry, **_QUIET}
-    if at.tls:
-        tls = {name: value for name, value in at.options.items() if name.startswith("ssl_")}
-        link |= {"ssl": True, "ssl_check_hostname": tls.get("ssl_cert_reqs", "required") == "required", **tls}
-    link |= {"username": at.user, "password": at.password, "max_connections": limit}
-    if at.kind == "cluster":
-        nodes = [module.cluster.ClusterNode(host, port) for host, port in at.hosts]
-        client = module.RedisCluster(startup_nodes=nodes, **link)
-        return client, [client]
-    if at.kind == "sentinel":
-        theirs = {"username": at.options.get("sentinel_user"), "password": at.options.get("sentinel_password")}
-        asked = link | theirs | _waits(timeout / (len(at.hosts) + 1))
-        sentinel = module.Sentinel(at.hosts, sentinel_kwargs=asked, db=at.db, **link)
-        client = sentinel.master_for(at.path)
-        return client, [client, *sentinel.sentinels]
-    place = {"unix_socket_path": at.path} if at.kind == "unix" else dict(zip(("host", "port"), at.hosts[0], strict=True))
-    return (client := module.Redis(**place, db=at.db, **link)), [client]
 
 # %% ../../nbs/24_stores.redis.ipynb #653f1b34
 _Command: TypeAlias = tuple[Any, ...]
 
 
-def _say(client: _Client, commands: Sequence[_Command], node: Any, until: float) -> Any:
+def _say(client: Client, commands: Sequence[_Command], node: Any, until: float) -> Any:
     "What the client answers; from an awaiting client, the awaitable of it."
     if len(commands) == 1:
         return client.execute_command(*commands[0], **({"target_nodes": node} if node else {}))
@@ -87,7 +51,7 @@ def _say(client: _Client, commands: Sequence[_Command], node: Any, until: float)
     return pipe.execute(raise_on_error=False)
 
 # %% ../../nbs/24_stores.redis.ipynb #20ea6ea8
-_BRIEF = ("GET", "MGET")
+_BRIEF = ("GET", "MGET", "EVALSHA")
 
 
 def _ask(pool: Any, command: _Command) -> Any:
@@ -109,45 +73,20 @@ async def _aask(pool: Any, command: _Command) -> Any:
     finally:
         await pool.release(link)
 
-# %% ../../nbs/24_stores.redis.ipynb #dc3f8e22
-_CURES: tuple[tuple[type[Exception], str], ...] = (
-    (redis.AuthenticationError, "refuses the user or the password; check REDIS_PASSWORD, or those in CACHE_URL"),
-    (NoPermissionError, "does not let this user do that; its ACL needs ~* +@read +@write +ping +scan +info"),
-    (redis.OutOfMemoryError, "is full and evicts nothing; give it more maxmemory, or maxmemory-policy volatile-lru"),
-    (redis.ReadOnlyError, "is a read-only replica; point the URL at its primary, or at its Sentinels with redis+sentinel://"),
-    (redis.BusyLoadingError, "is still loading its data; it will answer by itself"),
-)
-_UNWELL = ("NOAUTH", "MASTERDOWN", "TRYAGAIN")
-
-
-def _fault(shown: str, timeout: float, error: BaseException) -> StoreError:
-    "The error of ours for one of redis-py, asyncio or the system."
-    words = " ".join(str(error).split(", with args")[0].split())[:200]
-    fault: StoreError
-    if cure := next((cure for kind, cure in _CURES if isinstance(error, kind)), None):
-        fault = (StoreError if isinstance(error, redis.ResponseError) else StoreUnavailableError)(f"{shown} {cure}")
-    elif isinstance(error, (redis.TimeoutError, TimeoutError)):
-        fault = StoreTimeoutError(f"{shown} did not answer within {timeout:g} s; see whether it is overloaded, or raise CACHE_TIMEOUT")
-    elif isinstance(error, redis.ResponseError) and not isinstance(error, ClusterDownError) and not words.startswith(_UNWELL):
-        fault = StoreError(f"{shown} refused: {words}")
-    else:
-        fault = StoreUnavailableError(f"{shown} cannot be reached, or cannot serve: {words or type(error).__name__}")
-    return fault
-
 # %% ../../nbs/24_stores.redis.ipynb #bb5eda79
 class _Side:
     "How a lookup is put into commands, and what replies mean."
 
-    def __init__(self, at: Address, timeout: float, limit: int, own: _Own) -> None:
+    def __init__(self, at: Address, timeout: float, limit: int, own: Maker | None) -> None:
         self.at, self.timeout, self.limit, self.own = at, timeout, limit, own
         self.brief = own is None and at.kind != "cluster"
         self.lost = False  # Whether the map of a cluster may be out of date
 
-    def open(self, module: Any) -> tuple[_Client, list[_Client]]:
-        return ((client := self.own()), [client]) if self.own else _open(self.at, module, self.timeout, self.limit)
+    def open(self, module: Any) -> tuple[Client, list[Client]]:
+        return ((client := self.own()), [client]) if self.own else open_client(self.at, module, self.timeout, self.limit)
 
     def fault(self, error: BaseException) -> StoreError:
-        return _fault(self.at.shown, self.timeout, error)
+        return fault(self.at.shown, self.timeout, error)
 
     def good(self, replies: list[Any]) -> list[Any]:
         "The replies, if none is a refusal."
@@ -163,20 +102,7 @@ class _Side:
         found = self.good([None if isinstance(reply, Exception) and str(reply).startswith("WRONGTYPE") else reply for reply in replies])
         return found if len(keys) == 1 or self.at.kind == "cluster" else list(found[0])
 
-# %% ../../nbs/24_stores.redis.ipynb #b5f459fe
-_Node: TypeAlias = tuple[int, str, Any]  # First slot, name, redis-py's node; elsewhere than on a cluster the last is None
-
-
-def _primaries(client: _Client, at: Address) -> list[_Node]:
-    "The primaries of a cluster, by slot; or the one server."
-    if at.kind != "cluster":
-        return [(0, "", None)]
-    first: dict[str, _Node] = {}
-    for slot, (node, *_) in sorted(client.nodes_manager.slots_cache.items()):
-        first.setdefault(node.name, (slot, node.name, node))
-    return list(first.values())
-
-
+# %% ../../nbs/24_stores.redis.ipynb #ba772e68
 def _listed(reply: Any, commands: Sequence[_Command]) -> list[Any]:
     "A reply for each command. What is no reply, as it comes from one of the servers of a cluster, is raised."
     replies = list(reply) if len(commands) > 1 else [reply]
@@ -184,11 +110,34 @@ def _listed(reply: Any, commands: Sequence[_Command]) -> list[Any]:
         raise none
     return replies
 
+# %% ../../nbs/24_stores.redis.ipynb #b5f459fe
+_ACQUIRE = """local blob = redis.pcall('GET', KEYS[1])
+if type(blob) == 'table' then blob = false end
+if blob and ARGV[3] == '0' then return {blob, 0} end
+if redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) or redis.pcall('GET', KEYS[2]) == ARGV[1] then return {blob, 1} end
+return {blob, 0}"""
+_KEEP = "if redis.pcall('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
+_RELEASE = "if redis.pcall('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_TEXTS = {sha1(text.encode(), usedforsecurity=False).hexdigest(): text for text in (_ACQUIRE, _KEEP, _RELEASE)}
+_DIGESTS = {text: digest for digest, text in _TEXTS.items()}
+
+
+def _unknown(commands: Sequence[_Command], replies: Sequence[Any]) -> list[_Command]:
+    "Calls of scripts that the server does not know, with their texts."
+    refused = [command for command, reply in zip(commands, replies, strict=True) if isinstance(reply, NoScriptError)]
+    return [("EVAL", _TEXTS[digest], *rest) for _, digest, *rest in refused]
+
+
+def _filled(replies: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    "The replies, with others for those that were refused."
+    rest = iter(others)
+    return [next(rest) if isinstance(reply, NoScriptError) else reply for reply in replies]
+
 # %% ../../nbs/24_stores.redis.ipynb #741401d1
 class _BlockingWire(_Side):
     "A blocking client, its connections bounded, its failures translated."
 
-    def __init__(self, at: Address, timeout: float, limit: int, own: _Own) -> None:
+    def __init__(self, at: Address, timeout: float, limit: int, own: Maker | None) -> None:
         super().__init__(at, timeout, limit, own)
         self.opened, self.turns = Once(lambda: self.open(redis), timeout / 2), Turns(limit, timeout / 2)
 
@@ -203,7 +152,7 @@ class _BlockingWire(_Side):
                         if self.lost and self.at.kind == "cluster":
                             client.nodes_manager.initialize()
                         self.lost = False
-                        if self.brief and commands[0][0] in _BRIEF:
+                        if self.brief and len(commands) == 1 and commands[0][0] in _BRIEF:
                             return [_ask(client.connection_pool, commands[0])]
                         return _listed(_say(client, commands, node, start + self.timeout), commands)
                     except redis.ConnectionError as error:
@@ -223,12 +172,16 @@ class _Threads(_BlockingWire):
     def say(self, commands: Sequence[_Command], again: bool = True, node: Any = None) -> list[Any]:
         return self.good(self.tell(commands, again, node))
 
+    def run(self, commands: Sequence[_Command]) -> list[Any]:
+        replies = self.tell(commands)
+        return self.good(_filled(replies, self.tell(texts)) if (texts := _unknown(commands, replies)) else replies)
+
     def look(self, keys: Sequence[str]) -> list[bytes | None]:
         return self.values(keys, self.tell(self.asking(keys)))
 
-    def nodes(self) -> list[_Node]:
+    def nodes(self) -> list[Node]:
         try:
-            return _primaries(self.opened()[0], self.at)
+            return primaries(self.opened()[0], self.at)
         except Exception as error:
             raise self.fault(error) from None
 
@@ -241,7 +194,7 @@ class _Threads(_BlockingWire):
 class _AwaitingWire(_Side):
     "The same for a client that awaits, with one clock around all of it."
 
-    def __init__(self, at: Address, timeout: float, limit: int, own: _Own) -> None:
+    def __init__(self, at: Address, timeout: float, limit: int, own: Maker | None) -> None:
         super().__init__(at, timeout, limit, own)
         self.client, self.closers = self.open(redis.asyncio)
         self.slots = asyncio.Semaphore(limit)
@@ -255,7 +208,7 @@ class _AwaitingWire(_Side):
                         if self.lost and self.at.kind == "cluster":
                             await self.client.nodes_manager.initialize()
                         self.lost = False
-                        if self.brief and commands[0][0] in _BRIEF:
+                        if self.brief and len(commands) == 1 and commands[0][0] in _BRIEF:
                             return [await _aask(self.client.connection_pool, commands[0])]
                         return _listed(await _say(self.client, commands, node, 0), commands)
                     except redis.ConnectionError as error:
@@ -272,12 +225,16 @@ class _AwaitingWire(_Side):
 class _Seat(_AwaitingWire):
     "The awaiting side, one for each event loop, where lookups that meet share a command."
 
-    def __init__(self, at: Address, timeout: float, limit: int, own: _Own) -> None:
+    def __init__(self, at: Address, timeout: float, limit: int, own: Maker | None) -> None:
         super().__init__(at, timeout, limit, own)
         self.reads, self.writes = Gather(self.read), Gather(self.tell)
 
     async def say(self, commands: Sequence[_Command], again: bool = True, node: Any = None) -> list[Any]:
         return self.good(await (self.writes.ask(commands) if again and node is None else self.tell(commands, again, node)))
+
+    async def run(self, commands: Sequence[_Command]) -> list[Any]:
+        replies = await self.writes.ask(commands)
+        return self.good(_filled(replies, await self.writes.ask(texts)) if (texts := _unknown(commands, replies)) else replies)
 
     def look(self, keys: Sequence[str]) -> Coroutine[Any, Any, list[bytes | None]]:
         return self.reads.ask(keys)
@@ -285,12 +242,12 @@ class _Seat(_AwaitingWire):
     async def read(self, keys: Sequence[str]) -> list[bytes | None]:
         return self.values(keys, await self.tell(self.asking(keys)))
 
-    async def nodes(self) -> list[_Node]:
+    async def nodes(self) -> list[Node]:
         try:
             async with asyncio.timeout(self.timeout):
                 if self.at.kind == "cluster":
                     await self.client.initialize()
-                return _primaries(self.client, self.at)
+                return primaries(self.client, self.at)
         except Exception as error:
             raise self.fault(error) from None
 
@@ -307,6 +264,14 @@ _AT_ONCE = 1000     # Keys or entries in one exchange, so that none holds the se
 _LONGEST = 1 << 53  # Milliseconds that Redis can add to its clock
 
 
+def _ms(seconds: float) -> int:
+    return max(1, int(min(seconds * 1000, _LONGEST)))
+
+
+class _Ears(Tracking, Ears):
+    "The ears of a store."
+
+
 class _Entries(Store):
     "The verbs for entries that are known by key."
 
@@ -317,23 +282,31 @@ class _Entries(Store):
         url: str,                   # See `address`
         timeout: float = 0.25,      # Seconds that an exchange with the server may take
         max_connections: int = 64,  # For all threads; and for each event loop
-        connect: tuple[Callable[[], _Client], Callable[[], _Client]] | None = None,  # Makers of your own clients, blocking and awaiting
+        connect: tuple[Maker, Maker] | None = None,  # Makers of your own clients, blocking and awaiting
     ) -> None:
         if not timeout > 0 or max_connections < 1:
             raise ConfigError(f"RedisStore needs timeout > 0 and max_connections >= 1, not {timeout!r} and {max_connections!r}")
         at = read_address(url)
         block, wait = connect or (None, None)
         self.url, self.cluster = at.shown, at.kind == "cluster"
+        self._ears = None if connect else _Ears(at)
         self._sides = Sides(lambda: _Threads(at, timeout, max_connections, block), lambda: _Seat(at, timeout, max_connections, wait))
 
     def __repr__(self) -> str:
         return f"RedisStore({self.url!r})"
 
+    def _sets(self, items: Sequence[Item]) -> list[_Command]:
+        if self._ears:
+            self._ears.watch([item.key for item in items])
+        return [("SET", key, blob, "PX", _ms(ttl)) for key, blob, ttl in items]
+
     def get_many(self, keys: Sequence[str]) -> Flow[list[bytes | None]]:
+        if self._ears:
+            self._ears.watch(keys)
         return (yield self._sides.both("look", keys)) if keys else []
 
     def put_many(self, items: Sequence[Item]) -> Flow[None]:
-        sets = [("SET", key, blob, "PX", max(1, int(min(ttl * 1000, _LONGEST)))) for key, blob, ttl in items]
+        sets = self._sets(items)
         for at in range(0, len(sets), _AT_ONCE):
             yield self._sides.both("say", sets[at:at + _AT_ONCE])
 
@@ -345,15 +318,39 @@ class _Entries(Store):
         return gone
 
 # %% ../../nbs/24_stores.redis.ipynb #de183a1c
+class _Leases(_Entries):
+    "Leases, and the ears."
+
+    def acquire(self, keys: Sequence[str], token: str, ttl: float, force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:
+        if self._ears:
+            self._ears.watch(keys)
+        found = list[tuple[bytes | None, bool]]()
+        for at in range(0, len(keys), _AT_ONCE):
+            calls = [("EVALSHA", _DIGESTS[_ACQUIRE], 2, key, lease(key), token, _ms(ttl), int(force)) for key in keys[at:at + _AT_ONCE]]
+            found += [(blob, granted == 1) for blob, granted in (yield self._sides.both("run", calls))]
+        return found
+
+    def renew(self, keys: Sequence[str], token: str, ttl: float) -> Flow[None]:
+        if keys:
+            yield self._sides.both("run", [("EVALSHA", _DIGESTS[_KEEP], 1, lease(key), token, _ms(ttl)) for key in keys])
+
+    def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
+        if commands := self._sets(items) + [("EVALSHA", _DIGESTS[_RELEASE], 1, lease(key), token) for key in keys]:
+            yield self._sides.both("run", commands)
+
+    def ears(self) -> Ears | None:
+        return self._ears
+
+# %% ../../nbs/24_stores.redis.ipynb #b25e719a
 _COUNTS = "aurea:counts"
 
 
-class RedisStore(_Entries):
+class RedisStore(_Leases):
     "Entries in a Redis: standalone, Sentinel or Cluster."
 
     def scan(self, prefix: str, cursor: str | None = None, limit: int = 1000) -> Flow[Page]:
         slot, name, place = (cursor or "0//0").split("/")
-        ahead: list[_Node] = [node for node in (yield self._sides.both("nodes")) if node[0] >= int(slot)]
+        ahead: list[Node] = [node for node in (yield self._sides.both("nodes")) if node[0] >= int(slot)]
         if not ahead:
             return Page([], None)
         place = place if ahead[0][1] == name else "0"  # Another server has other places
@@ -386,4 +383,6 @@ class RedisStore(_Entries):
         return {fact: value for fact, value in total.items() if value}
 
     def shut(self) -> Flow[None]:
+        if self._ears:
+            yield self._ears.shut()
         yield self._sides.shut()

@@ -40,8 +40,8 @@ class _Memory(MemoryStore):
 class _Known:
     "What was read from a shared store and has not changed since, as far as the ears can tell."
 
-    def __init__(self, max_bytes: int, admit: Callable[[str, bytes], float]) -> None:
-        self.memory, self.admit = _Memory(max_bytes), admit
+    def __init__(self, max_bytes: int, admit: Callable[[str, bytes], float], clock: Callable[[], float] = monotonic) -> None:
+        self.memory, self.admit = _Memory(max_bytes, clock), admit
         self.reading: dict[str, object] = {}  # Who reads a key of which nothing was heard since
         self.lock = threading.Lock()
 
@@ -87,9 +87,9 @@ def _silent() -> None:
 class _Listening:
     "A memory with ears, opened when they are needed."
 
-    def __init__(self, shared: Store, max_bytes: int, admit: Callable[[str, bytes], float]) -> None:
+    def __init__(self, shared: Store, max_bytes: int, admit: Callable[[str, bytes], float], clock: Callable[[], float] = monotonic) -> None:
         self.shared, self.name, self.url = shared, shared.name, shared.url
-        self._known = _Known(max_bytes, admit)
+        self._known, self._clock = _Known(max_bytes, admit, clock), clock
         self._look = self._known.memory.peek
         self._opened, self._opening = False, threading.Lock()
         self._sure: Callable[[], float] = _deaf
@@ -127,12 +127,12 @@ class _Lookups(_Listening, Store):
     "The verbs that read entries."
 
     def peek(self, key: str) -> bytes | None:
-        return None if monotonic() > self._sure() else self._look(key)
+        return None if self._clock() > self._sure() else self._look(key)
 
     def get_many(self, keys: Sequence[str]) -> Flow[list[bytes | None]]:
         if not self._opened:
             self._open()
-        if monotonic() > self._sure():
+        if self._clock() > self._sure():
             return (yield from self.shared.get_many(keys))
         found = [self._look(key) for key in keys]
         if missing := [key for key, blob in zip(keys, found, strict=True) if blob is None]:
@@ -142,7 +142,7 @@ class _Lookups(_Listening, Store):
 
     def acquire(self, keys: Sequence[str], token: str, ttl: float, force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:
         asking = self.shared.acquire(keys, token, ttl, force)
-        if monotonic() > self._sure():
+        if self._clock() > self._sure():
             return (yield from asking)
         return (yield from self._known.learn(keys, asking, lambda answer: None if answer[1] else answer[0]))
 
@@ -204,11 +204,12 @@ class Tiered(_Others):
 
     def __init__(
         self,
-        shared: Store,                         # Where entries are; with ears, or the tier does nothing
-        max_bytes: int,                        # Bound of the memory, overhead included
-        admit: Callable[[str, bytes], float],  # Checks key and bytes: the seconds for which they may be kept; raises nothing
+        shared: Store,                           # Where entries are; with ears, or the tier does nothing
+        max_bytes: int,                          # Bound of the memory, overhead included
+        admit: Callable[[str, bytes], float],    # Checks key and bytes: the seconds for which they may be kept; raises nothing
+        clock: Callable[[], float] = monotonic,  # Seconds, by the clock of the ears
     ) -> None:
-        super().__init__(shared, max_bytes, admit)
+        super().__init__(shared, max_bytes, admit, clock)
 
     def info(self) -> Flow[dict[str, float]]:
         "What the shared store says, `memory_bytes` and `memory_entries`."

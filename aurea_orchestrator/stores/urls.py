@@ -5,22 +5,25 @@
 # %% ../../nbs/28_stores.urls.ipynb #77e2264f
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
+from .. import codec
 from ..config import Settings, read_size
 from ..effects import drive
-from ..errors import ConfigError, StoreError
+from ..errors import ConfigError, DamagedEntryError, StoreError
 from .base import Store
 from .guard import Guarded
 from .memory import MemoryStore
 from .sqlite import SqliteStore
+from .tiers import Tiered
 
 _FORMS = "redis:// rediss:// unix:// redis+sentinel:// redis+cluster:// sqlite:/// memory://"
 
 # %% auto #0
-__all__ = ['open_engine', 'open_store', 'choose_store', 'default_path', 'redis_url']
+__all__ = ['open_engine', 'open_store', 'admit', 'choose_store', 'default_path', 'redis_url']
 
 # %% ../../nbs/28_stores.urls.ipynb #a64398e6
 def open_engine(
@@ -28,30 +31,30 @@ def open_engine(
     timeout: float = 0.25,  # Seconds that one operation may take
 ) -> Store:
     "The bare store behind a URL."
+    return _engine(url, timeout)[0]
+
+
+def _engine(url: str, timeout: float) -> tuple[Store, int | None]:
+    "The bare store, and the bytes that the URL gives its memory tier."
     try:
         parts = urlsplit(url)
     except ValueError as error:
         raise ConfigError(f"the store URL cannot be read ({error}); known forms: {_FORMS}") from None
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     sizes = {name: read_size(options.pop(name), name) for name in ("memory", "max_bytes") if name in options}
-    bound: Any = {"max_bytes": sizes["max_bytes"]} if "max_bytes" in sizes else {}
+    memory = sizes.pop("memory", None)
+    bound: Any = sizes
     scheme = parts.scheme.lower()
     if scheme in ("memory", "sqlite") and options:
         raise ConfigError(f"{scheme}: has no option {', '.join(options)}; it knows max_bytes and memory")
     if scheme == "memory":
-        return MemoryStore(**bound)
+        return MemoryStore(**bound), memory
     if scheme == "sqlite":
-        return SqliteStore(_path(parts.netloc, parts.path), timeout=timeout, **bound)
+        return SqliteStore(_path(parts.netloc, parts.path), timeout=timeout, **bound), memory
     if scheme == "unix" or scheme.partition("+")[0] in ("redis", "rediss"):
         from aurea_orchestrator.stores.redis import RedisStore
-        return RedisStore(urlunsplit(parts._replace(query=urlencode(options))), timeout=timeout)
+        return RedisStore(urlunsplit(parts._replace(query=urlencode(options))), timeout=timeout), memory
     raise ConfigError(f"unknown store URL scheme {scheme!r}; known forms: {_FORMS}")
-
-
-def open_store(url: str, timeout: float = 0.25) -> Store:
-    "The store behind a URL, with a guard before it where it can be away."
-    store = open_engine(url, timeout)
-    return store if store.name == "memory" else Guarded(store)
 
 
 def _path(netloc: str, path: str) -> Path:
@@ -60,23 +63,53 @@ def _path(netloc: str, path: str) -> Path:
         raise ConfigError("a sqlite URL has three slashes and a path, as in sqlite:///cache.db, or four for an absolute path")
     return Path(unquote(path[1:])).expanduser()
 
+# %% ../../nbs/28_stores.urls.ipynb #9a7846d1
+_MEMORY_BYTES = 64_000_000
+
+
+def open_store(
+    url: str,                     # One of the forms above
+    timeout: float = 0.25,        # Seconds that one operation may take
+    memory: int = _MEMORY_BYTES,  # Bytes of the memory tier, if the URL does not say; 0: none
+) -> Store:
+    "The store behind a URL; where it is shared, with a guard and a memory tier before it."
+    engine, wanted = _engine(url, timeout)
+    return engine if engine.name == "memory" else _before(engine, memory if wanted is None else wanted)
+
+
+def _before(engine: Store, memory: int) -> Store:
+    "A shared store with what stands before it."
+    return Tiered(Guarded(engine), memory, admit) if memory else Guarded(engine)
+
+
+def admit(
+    key: str,     # The whole key
+    blob: bytes,  # What the shared store has under it
+) -> float:       # Seconds; 0 or less: not at all
+    "For how long an entry may be kept in memory."
+    try:
+        codec.check(blob, seal=key.encode())
+        return codec.until(blob) - time.time()
+    except DamagedEntryError:
+        return 0.0
+
 # %% ../../nbs/28_stores.urls.ipynb #5256b3b9
 def choose_store(
     settings: Settings,
 ) -> tuple[Store, str]:  # The store, and why it was chosen, for the log and `/ready`
     "The store that the settings ask for."
-    timeout = settings.cache_timeout
+    timeout, memory = settings.cache_timeout, int(settings.cache_memory)
     if settings.cache_url is not None:
-        return open_store(settings.cache_url.get_secret_value(), timeout), "CACHE_URL"
+        return open_store(settings.cache_url.get_secret_value(), timeout, memory), "CACHE_URL"
     redis = open_engine(redis_url(settings), timeout)
     if settings.redis_chosen:
-        return Guarded(redis), "REDIS_*"
+        return _before(redis, memory), "REDIS_*"
     try:
         drive(redis.ping())
-        return Guarded(redis), "Redis answers on localhost:6379"
+        return _before(redis, memory), "Redis answers on localhost:6379"
     except StoreError:
         drive(redis.shut())
-    return open_store(f"sqlite:///{quote(str(default_path()))}", timeout), "no Redis on localhost:6379"
+    return open_store(f"sqlite:///{quote(str(default_path()))}", timeout, memory), "no Redis on localhost:6379"
 
 
 def default_path() -> Path:

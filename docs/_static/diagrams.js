@@ -13,10 +13,13 @@
   let count = 0;
   async function draw(places) {
     mermaid.initialize({ startOnLoad: false, securityLevel: "strict", theme: "base", darkMode: dark(),
+      flowchart: { rankSpacing: 28, nodeSpacing: 32 },
       themeVariables: { ...colours(), fontFamily: getComputedStyle(document.body).fontFamily, fontSize: "15px" } });
     for (const place of places) {
       try {
-        const { svg } = await mermaid.render(`diagram-${count++}`, place.text);
+        const narrow = place.node.clientWidth < 560;            // a phone: from top to bottom, or nobody could read it
+        const text = narrow ? place.text.replace(/^(\s*(?:flowchart|graph)) (?:LR|RL)\b/, "$1 TB") : place.text;
+        const { svg } = await mermaid.render(`diagram-${count++}`, text);
         place.node.innerHTML = svg;
         place.node.classList.add("drawn");
       } catch (error) { place.node.textContent = place.text; console.error(error); }
