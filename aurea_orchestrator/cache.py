@@ -58,10 +58,10 @@ def lead(cache: Workings, request: Request, mine: Computation, known: Mapping[st
             found |= there
             try:
                 values, cost = yield from compute(cache, request, ours)
+                found |= yield from store(cache, request, dict(zip(ours, values)), cost)
             except BaseException:
                 yield from give_back(cache, ours)
                 raise
-            found |= yield from store(cache, request, dict(zip(ours, values)), cost)
     except BaseException as error:
         cache.flight.land(mine, error=error)
         raise
@@ -115,7 +115,7 @@ def agree(cache: Workings, request: Request, keys: Sequence[str], known: Mapping
 
 def fresh(cache: Workings, request: Request, key: str, blob: bytes | None, known: Mapping[str, float]) -> Reply | None:
     "What another caller has stored, unless it is the stale, damaged or known entry that is to be replaced."
-    one = usable(cache, request, key, blob, cache.clock.tick())
+    one = usable(cache, request, key, blob)
     return one if one is not None and one.outcome is Outcome.HIT and one.born > known.get(key, 0.0) else None
 
 
@@ -235,7 +235,7 @@ def glimpse(cache: Workings, request: Request) -> list[Reply] | None:
         return None
     found = {}
     for key in request.keys:
-        one = usable(cache, request, key, cache.store.peek(key), 0.0)
+        one = usable(cache, request, key, cache.store.peek(key))
         if one is None or aging(cache, request, one):
             return None
         found[key] = one

@@ -37,14 +37,15 @@ def lookup(cache: Workings, request: Request, wanted: Sequence[str]) -> Flow[dic
     return found
 
 
-def usable(cache: Workings, request: Request, key: str, blob: bytes | None, began: float) -> Reply | None:
-    "The reply that the bytes under a key make; None if there are none, or they are damaged or too old."
+def usable(cache: Workings, request: Request, key: str, blob: bytes | None, began: float | None = None) -> Reply | None:
+    "The reply that bytes under a key make; None if there are none, or they are too old, or damaged (told if the lookup `began`)."
     if blob is None:
         return None
     try:
         one = opened(key, blob)
     except CodecError as error:
-        tell(cache, "lookup", request.kind, began, error)
+        if began is not None:
+            tell(cache, "lookup", request.kind, began, error)
         return None
     past = cache.clock.now() - one.born - one.ttl
     if past <= 0:

@@ -26,7 +26,7 @@ def urls(lab: Lab) -> dict[str, str]:
     "An empty store of each engine."
     lab.empty()
     file = lab.folder / f"{time.monotonic_ns()}.sqlite"
-    return {"memory": "memory://?max_bytes=4GB", "SQLite": f"sqlite:///{file}?max_bytes=4GB", "Redis": lab.url}
+    return {"memory": "memory://?max_bytes=4GB", "SQLite": f"sqlite:///{file}?max_bytes=4GB&memory=0", "Redis": lab.url}
 
 
 def best(call: Callable[[], Any], seconds: float = 0.1) -> float:
@@ -44,11 +44,10 @@ def callers(lab: Lab) -> Iterator[Figure]:
     at, lone, own, counted = [1, 10, 100, 1000, 10_000], {}, {}, {}
     seconds = 0.2
     for name, url in urls(lab).items():
-        cache, asked = Cache.from_url(url, **SURE), []
+        cache = Cache.from_url(url, **SURE)
 
         @cached("callers", cache=cache)
-        async def slow(what: str, asked: list[str] = asked) -> str:
-            asked.append(what)
+        async def slow(what: str) -> str:
             await asyncio.sleep(seconds)
             return what * 100
 
@@ -65,9 +64,9 @@ def callers(lab: Lab) -> Iterator[Figure]:
 
         lone[name], own[name], counted[name] = [], [], []
         for n in at:
-            asked.clear()
+            before = slow.cache_info().misses
             lone[name].append((lab.wait(together(slow, [f"one of {n}"] * n)) - seconds) / n * 1e6)
-            counted[name].append(len(asked))
+            counted[name].append(slow.cache_info().misses - before)
             one(quick, n)                                                   # Stored
             own[name].append(one(quick, n) / n * 1e6)
         lab.wait(cache.aclose())
@@ -81,37 +80,32 @@ def sizes(lab: Lab) -> Iterator[Figure]:
     "A hit for a value of one text."
     at, series = [10**3, 10**4, 10**5, 10**6, 10**7], {}
     for name, url in urls(lab).items():
-        cache, asked = Cache.from_url(url, timeout=10), []
-
-        @cached("sizes", cache=cache)
-        def text(n: int, asked: list[int] = asked) -> str:
-            asked.append(n)
-            return "x" * n
-
-        series[name] = [best(lambda n=n: text(n)) for n in at]
-        assert asked == at, "not hits"
+        cache = Cache.from_url(url, timeout=10)
+        text = cached("sizes", cache=cache)(lambda n: "x" * n)
+        series[name] = [best(lambda n=n, text=text: text(n)) for n in at]
+        assert text.cache_info().misses == len(at), "not hits"
         cache.close()
     yield {"title": "size of a value", "x": "bytes", "unit": "µs a hit", "at": at, "series": series}
 
 
-def fill(cache: Cache, since: int, n: int) -> None:
+def fill(cache: Cache, n: int) -> None:
     "Entries of about 1 KB, past the decorator."
     blobs = "x" * 1000
-    for start in range(since, n, 1000):
+    for start in range(0, n, 1000):
         names = [f"entries:{i:064x}" for i in range(start, min(start + 1000, n))]
         drive(cache.store.put_many([Item(key, codec.encode(blobs, born=time.time(), ttl=3600, seal=key.encode()), 3600) for key in names]))
 
 
-def reads(url: str | Cache, stop: Callable[[], bool]) -> list[float]:
-    "µs of each hit until told to stop: one entry of another kind, which a clear leaves alone."
-    @cached("other", cache=url if isinstance(url, Cache) else Cache.from_url(url, **SURE))
+def reads(cache: Cache, warm: Callable[[], None], stop: Callable[[], bool]) -> list[tuple[float, float]]:
+    "When, and µs of each hit until told to stop: one entry of another kind, which a clear leaves alone."
+    @cached("other", cache=cache)
     def other(what: str) -> str: return what * 100
 
-    other("x")
+    other("x"), other("x"), warm()
     taken = []
     while not stop():
-        began = time.perf_counter(); other("x")
-        taken.append((time.perf_counter() - began) * 1e6)
+        began = time.monotonic(); other("x")
+        taken.append((began, (time.monotonic() - began) * 1e6))
         time.sleep(0.0005)                                                  # As a caller does, who does something with it
     return taken
 
@@ -121,9 +115,10 @@ def reader(lab: Lab, name: str, url: str, cache: Cache) -> Iterator[dict[str, An
     "Somebody who reads meanwhile: a thread for memory, else another process. What it saw is there afterwards."
     saw: dict[str, Any] = {}
     if name == "memory":
-        end = threading.Event()
-        thread = threading.Thread(target=lambda: saw.update(taken=reads(cache, end.is_set)))
+        ready, end = threading.Event(), threading.Event()
+        thread = threading.Thread(target=lambda: saw.update(taken=reads(cache, ready.set, end.is_set)))
         thread.start()
+        ready.wait(10)
         yield saw
         end.set(), thread.join()
     else:
@@ -133,10 +128,10 @@ def reader(lab: Lab, name: str, url: str, cache: Cache) -> Iterator[dict[str, An
         saw["taken"] = json.loads(process.communicate("stop\n", timeout=30)[0])
 
 
-def quantiles(taken: list[float]) -> tuple[float, float]:
-    "Median and 99th percentile."
-    taken = sorted(taken) or [float("nan")]
-    return taken[len(taken) // 2], taken[int(len(taken) * 0.99)]
+def slowest(taken: list[tuple[float, float]], spans: list[tuple[float, float]]) -> float:
+    "The 99th percentile of the hits that began or ended in these spans of time."
+    seen = sorted(us for at, us in taken if any(at + us / 1e6 > begin and at < end for begin, end in spans)) or [float("nan")]
+    return seen[int(len(seen) * 0.99)]
 
 
 def entries(lab: Lab) -> Iterator[Figure]:
@@ -151,16 +146,21 @@ def entries(lab: Lab) -> Iterator[Figure]:
 
         hits[name], clears[name], slow[name], slow[f"{name}, quiet"] = [], [], [], []
         for n in at:
-            fill(cache, 0, n)
+            fill(cache, n)
             hits[name].append(best(lambda: found("x")))
-            with reader(lab, name, url, cache) as quiet: time.sleep(0.2)
+            spans = list[tuple[float, float]]()
             with reader(lab, name, url, cache) as saw:
-                began = time.perf_counter()
-                removed = cache.clear("entries")
-                clears[name].append((time.perf_counter() - began) * 1e3)
-            assert removed == n, f"{removed} of {n} cleared"
-            slow[name].append(quantiles(saw["taken"])[1])
-            slow[f"{name}, quiet"].append(quantiles(quiet["taken"])[1])
+                quiet = time.monotonic()
+                time.sleep(0.3)
+                quiet_till = time.monotonic()
+                while len(spans) < 30 and sum(end - begin for begin, end in spans) < 0.1:   # Short ones several times
+                    if spans: fill(cache, n)
+                    began, removed = time.monotonic(), cache.clear("entries")
+                    spans.append((began, time.monotonic()))
+                    assert removed == n, f"{removed} of {n} cleared"
+            clears[name].append(statistics.median(end - begin for begin, end in spans) * 1e3)
+            slow[name].append(slowest(saw["taken"], spans))
+            slow[f"{name}, quiet"].append(slowest(saw["taken"], [(quiet, quiet_till)]))
         cache.close()
     yield {"title": "entries in the store", "x": "entries", "unit": "µs a hit", "at": at, "series": hits}
     yield {"title": "clear of all entries", "x": "entries", "unit": "ms", "at": at, "series": clears}
@@ -170,10 +170,10 @@ def entries(lab: Lab) -> Iterator[Figure]:
 
 def workers(lab: Lab) -> Iterator[Figure]:
     "Requests per second of more workers on the cores that are left beside the client."
-    at, series = [1, 2, 4], {"HTTP hits, Redis": [], "HTTP hits, memory": [], "FastAPI, fixed body": []}
+    at, series = [1, 2, 4], {"hits in Redis": [], "hits behind memory": [], "FastAPI, fixed body": []}
     lab.empty()
     for n in at:
-        with (served(lab, OURS, n, lab.url) as far, served(lab, OURS, n, "memory://") as near,
+        with (served(lab, OURS, n, lab.url) as far, served(lab, OURS, n, lab.redis.url) as near,
               served(lab, "bench.apps:fastapi", n) as framework):
             sides = [loaded(lab, port, seconds=0.7) for port in (far, near, framework)]
             rounds = [[side() for side in sides] for _ in range(3)]
@@ -186,5 +186,4 @@ FIGURES = (callers, sizes, entries, workers)
 if __name__ == "__main__":                                                  # The reader in another process
     told = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.readline(), told.set()), daemon=True).start()
-    print("reading", flush=True)
-    print(json.dumps(reads(sys.argv[1], told.is_set)))
+    print(json.dumps(reads(Cache.from_url(sys.argv[1], **SURE), lambda: print("reading", flush=True), told.is_set)))

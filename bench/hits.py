@@ -59,7 +59,7 @@ def sqlite(lab: Lab) -> Iterator[Case]:
     import diskcache
     import joblib
 
-    ours = lab.timed(blocking(lab, f"sqlite:///{lab.folder}/ours.sqlite"))
+    ours = lab.timed(blocking(lab, f"sqlite:///{lab.folder}/ours.sqlite?memory=0"))
     upstream = Upstream()
     theirs = functools.partial(joblib.Memory(lab.folder / "joblib", verbose=0).cache(upstream.function()), **ASKED)
     hit(upstream, theirs)
@@ -95,6 +95,13 @@ def redis(lab: Lab) -> Iterator[Case]:
     hit(upstream, peer, lab.wait)
     yield Case("hit in Redis, async def", "aiocache", lab.awaited(coro), lab.awaited(peer))
     lab.wait(client.aclose())
+
+
+def tier(lab: Lab) -> Iterator[Case]:
+    "With the memory tier before Redis, as it comes; cashews has a client-side cache."
+    lab.empty()
+    peer, coro = cashews_call(lab, lab.redis.url, pickle_type="json", client_side=True), awaiting(lab, lab.redis.url)
+    yield Case("hit in Redis behind memory, async def", "cashews, client-side cache", lab.awaited(coro), lab.awaited(peer))
 
 
 def together(lab: Lab) -> Iterator[Case]:
@@ -138,5 +145,5 @@ def litellm(lab: Lab) -> Iterator[Case]:
         yield Case(f"hit {where}, async def", "litellm acompletion", lab.awaited(awaiting(lab, url)), lab.awaited(ask, seconds=0.1))
 
 
-CASES = (memory, sqlite, redis, together)
+CASES = (memory, sqlite, redis, tier, together)
 LAST = (litellm,)

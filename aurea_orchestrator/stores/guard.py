@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ..effects import Flow, drive
 from ..errors import StoreError, StoreTimeoutError, StoreUnavailableError
-from .base import Item, Page, Store
+from .base import Ears, Item, Page, Store
 
 _log = logging.getLogger("aurea_orchestrator")
 _T = TypeVar("_T")
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 __all__ = ['Guarded']
 
 # %% ../../nbs/27_stores.guard.ipynb #774876dd
-_WRITES = frozenset({"put_many", "delete", "bump"})
+_WRITES = frozenset({"put_many", "delete", "bump", "renew", "settle"})
 _PROBE = "aurea:probe"  # A key that nobody stores; removing it shows whether writing works
 
 
@@ -113,7 +113,25 @@ class _Entries(_Probing, Store):
         return self._guard("scan", lambda: self.inner.scan(prefix, cursor, limit))
 
 # %% ../../nbs/27_stores.guard.ipynb #f096e45d
-class Guarded(_Entries):
+class _Agreeing(_Entries):
+    "The verbs on leases."
+
+    def acquire(self, keys: Sequence[str], token: str, ttl: float, force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:
+        if self._writes is not None and self._reads is None:
+            return (yield from super().acquire(keys, token, ttl, force))
+        return (yield from self._guard("acquire", lambda: self.inner.acquire(keys, token, ttl, force)))
+
+    def renew(self, keys: Sequence[str], token: str, ttl: float) -> Flow[None]:
+        return self._guard("renew", lambda: self.inner.renew(keys, token, ttl))
+
+    def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
+        return self._guard("settle", lambda: self.inner.settle(items, keys, token))
+
+    def ears(self) -> Ears | None:
+        return self.inner.ears()
+
+# %% ../../nbs/27_stores.guard.ipynb #f0a2f9a5
+class Guarded(_Agreeing):
     "A store behind a circuit breaker."
 
     def __init__(

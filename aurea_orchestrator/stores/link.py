@@ -88,8 +88,8 @@ def _places(at: Address, timeout: float) -> list[dict[str, Any]]:
     if at.kind != "redis":
         client, closers = open_client(at, redis, timeout, 1)
         try:
-            cluster = at.kind == "cluster"
-            hosts = [(node.host, node.port) for *_, node in primaries(client, at)] if cluster else [client.connection_pool.get_master_address()]
+            nodes = [node for *_, node in primaries(client, at) if node]
+            hosts = [(node.host, node.port) for node in nodes] or [client.connection_pool.get_master_address()]
         finally:
             for each in closers:
                 with suppress(Exception):
@@ -108,7 +108,7 @@ def dial(
 # %% ../../nbs/16_stores.link.ipynb #1ea15337
 _CURES: tuple[tuple[type[Exception], str], ...] = (
     (redis.AuthenticationError, "refuses the user or the password; check REDIS_PASSWORD, or those in CACHE_URL"),
-    (NoPermissionError, "does not let this user do that; its ACL needs ~* +@read +@write +ping +scan +info +evalsha +eval +hello +client|tracking"),
+    (NoPermissionError, "does not let this user do that; its ACL needs ~* +@read +@write +@scripting +@connection +scan +info"),
     (redis.OutOfMemoryError, "is full and evicts nothing; give it more maxmemory, or maxmemory-policy volatile-lru"),
     (redis.ReadOnlyError, "is a read-only replica; point the URL at its primary, or at its Sentinels with redis+sentinel://"),
     (redis.BusyLoadingError, "is still loading its data; it will answer by itself"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha1
 from typing import Any, TypeAlias
@@ -273,7 +273,7 @@ class _Ears(Tracking, Ears):
 
 
 class _Entries(Store):
-    "The verbs for entries that are known by key."
+    "Entries and the way to them."
 
     name = "redis"
 
@@ -300,6 +300,10 @@ class _Entries(Store):
             self._ears.watch([item.key for item in items])
         return [("SET", key, blob, "PX", _ms(ttl)) for key, blob, ttl in items]
 
+# %% ../../nbs/24_stores.redis.ipynb #de183a1c
+class _Verbs(_Entries):
+    "What is done with them."
+
     def get_many(self, keys: Sequence[str]) -> Flow[list[bytes | None]]:
         if self._ears:
             self._ears.watch(keys)
@@ -317,8 +321,8 @@ class _Entries(Store):
             gone += sum((yield self._sides.both("say", [("UNLINK", key) for key in some] if self.cluster else [("UNLINK", *some)])))
         return gone
 
-# %% ../../nbs/24_stores.redis.ipynb #de183a1c
-class _Leases(_Entries):
+# %% ../../nbs/24_stores.redis.ipynb #e00ce0fd
+class _Leases(_Verbs):
     "Leases, and the ears."
 
     def acquire(self, keys: Sequence[str], token: str, ttl: float, force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:

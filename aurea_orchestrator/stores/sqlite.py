@@ -10,17 +10,18 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..effects import Block, Flow, Inline
-from ..errors import ConfigError, StoreError, StoreTimeoutError, StoreUnavailableError
-from ..files import Link, Links, grow
-from .base import Item, Page, Store
+from ..errors import ConfigError, StoreUnavailableError
+from ..news import News, tell
+from .base import Ears, Item, Page, Store
+from .file import Access, Tables
 
 # %% auto #0
-__all__ = ['APPLICATION_ID', 'OVERHEAD_BYTES', 'SPARE', 'SqliteStore']
+__all__ = ['APPLICATION_ID', 'OVERHEAD_BYTES', 'SPARE', 'LEFT', 'SqliteStore']
 
 # %% ../../nbs/23_stores.sqlite.ipynb #47afe4bd
 APPLICATION_ID = 0x41757265  # "Aure"
@@ -41,131 +42,18 @@ _STEPS = (
         """CREATE TRIGGER entry_removed AFTER DELETE ON entries BEGIN
            UPDATE shelf SET entries = entries - 1, bytes = bytes - OLD.size; END""",
     ),
+    (
+        "CREATE TABLE leases(key TEXT PRIMARY KEY, token TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID",
+        "CREATE INDEX leases_by_expiry ON leases(expires)",
+        "ALTER TABLE shelf ADD COLUMN changes INTEGER NOT NULL DEFAULT 0",
+        "DROP TRIGGER entry_replaced",
+        "DROP TRIGGER entry_removed",
+        """CREATE TRIGGER entry_replaced AFTER UPDATE OF size ON entries BEGIN
+           UPDATE shelf SET bytes = bytes + NEW.size - OLD.size, changes = changes + 1; END""",
+        """CREATE TRIGGER entry_removed AFTER DELETE ON entries BEGIN
+           UPDATE shelf SET entries = entries - 1, bytes = bytes - OLD.size, changes = changes + 1; END""",
+    ),
 )
-
-# %% ../../nbs/23_stores.sqlite.ipynb #cb8aa899
-_CAUSES = (sqlite3.Error, OSError, UnicodeError)
-_OPEN = "it cannot be opened; check that file and folder belong to this user, or choose another path"
-_ADVICE = {
-    sqlite3.SQLITE_FULL: "the disk is full; free some space, or lower max_bytes",
-    sqlite3.SQLITE_READONLY: "it cannot be written; give this user the right to write the file and its folder, or choose another path",
-    sqlite3.SQLITE_CANTOPEN: _OPEN,
-    sqlite3.SQLITE_PERM: _OPEN,
-    sqlite3.SQLITE_NOTADB: "this is no SQLite file, and was left untouched; choose another path, or move it away",
-    sqlite3.SQLITE_CORRUPT: "it is damaged; stop the programs that use it and move it away with the -wal and -shm files beside it: "
-    "only answers that can be computed again are lost",
-}
-
-
-def _code(error: BaseException) -> int:
-    "SQLite's primary result code, 0 where there is none."
-    return int(getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
-
-
-def _named(error: Exception, path: Path, timeout: float) -> StoreError:
-    "The error of our tree that stands for this one."
-    code = _code(error)
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or isinstance(error, TimeoutError):
-        return StoreTimeoutError(f"cache file {path}: others wrote for more than {timeout:g} s ({error}); try again, or raise the timeout")
-    return StoreUnavailableError(f"cache file {path}: {_ADVICE.get(code, 'SQLite or the system refused')} ({error})")
-
-# %% ../../nbs/23_stores.sqlite.ipynb #de895d22
-_T = TypeVar("_T")
-
-
-def _patiently(call: Callable[[], _T], until: float) -> _T:
-    "The result of a call that is repeated while another process holds the file, up to a time of `time.monotonic`."
-    while True:
-        try:
-            return call()
-        except sqlite3.OperationalError as error:
-            if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
-                raise
-        time.sleep(0.001)
-
-# %% ../../nbs/23_stores.sqlite.ipynb #d0332045
-class _File:
-    "A cache file: how it is made, recognised, grown and opened."
-
-    def __init__(self, path: Path, timeout: float) -> None:
-        self.path, self.timeout, self.options = path, timeout, ""
-
-    def connect(self, timeout: float) -> sqlite3.Connection:
-        "A connection in autocommit mode, for any thread."
-        uri = self.path.as_uri() + self.options
-        return sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
-
-    def prepare(self) -> sqlite3.Connection:
-        "A connection to the file, which was made and brought up to date if need be."
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with suppress(OSError):  # It is there, or SQLite will say why not
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        until, self.options = time.monotonic() + self.timeout, ""
-        try:
-            return self._ready(until)
-        except sqlite3.OperationalError as error:
-            wal = Path(f"{self.path}-wal")
-            if _code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) or not self.path.is_file() or wal.exists():
-                raise
-            self.options = "?immutable=1"
-            return self._ready(until)
-
-    def _ready(self, until: float) -> sqlite3.Connection:
-        db = self.connect(timeout=0)
-        try:
-            _patiently(lambda: self._set_up(db), until)
-            return db
-        except BaseException:
-            db.close()
-            raise
-
-    def _set_up(self, db: sqlite3.Connection) -> None:
-        grow(db, self.path, APPLICATION_ID, _STEPS, _FRESH)
-        for pragma in ("synchronous=NORMAL", "journal_size_limit=16777216", "journal_mode=WAL")[: 2 if self.options else 3]:
-            db.execute(f"PRAGMA {pragma}").fetchall()
-
-# %% ../../nbs/23_stores.sqlite.ipynb #19778a1c
-class _Access:
-    "Statements and transactions on the file."
-
-    def __init__(self, path: Path, timeout: float, clock: Callable[[], float]) -> None:
-        self.file, self.timeout, self.clock = _File(path, timeout), timeout, clock
-        self.links = Links(path, self._write, lambda: self.file.connect(timeout), clock)
-
-    def _write(self) -> sqlite3.Connection:
-        db = self.file.prepare()
-        self.links.lasting = not self.file.options
-        return db
-
-    def read(self, sql: str, parameters: tuple[Any, ...] = ()) -> list[Any]:
-        "All rows of one statement."
-        link = self.links.reader()
-        try:
-            return self.links.use(link, lambda db: db.execute(sql, parameters).fetchall())
-        except _CAUSES as error:
-            raise self._failed(error, link) from error
-
-    @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        "A transaction: all of it is there at the end, or nothing."
-        until = time.monotonic() + self.timeout
-        try:
-            with self.links.turn(until) as db:
-                _patiently(lambda: db.execute("BEGIN IMMEDIATE"), until)
-                try:
-                    yield db
-                    db.execute("COMMIT")
-                finally:
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-        except _CAUSES as error:
-            raise self._failed(error, self.links.writer) from error
-
-    def _failed(self, error: Exception, link: Link) -> StoreError:
-        if _code(error) != sqlite3.SQLITE_BUSY and not isinstance(error, TimeoutError):
-            with link.lock:
-                link.close()
-        return _named(error, self.file.path, self.timeout)
 
 # %% ../../nbs/23_stores.sqlite.ipynb #34ea1e6a
 OVERHEAD_BYTES = 64  # What an entry takes beyond its blob and twice its key: columns, indexes, cells
@@ -196,7 +84,7 @@ def _make_room(db: sqlite3.Connection, need_bytes: int, max_bytes: int, now: flo
             hand = 0
         db.executemany("UPDATE entries SET asked = 0 WHERE id = ?", unmark)
         db.executemany("DELETE FROM entries WHERE id = ?", remove)
-        db.execute("UPDATE shelf SET hand = ?", (hand,))
+        db.execute("UPDATE shelf SET hand = ?, changes = changes - ?", (hand, len(remove)))
     return max_bytes - int(held)
 
 
@@ -213,14 +101,16 @@ _MANY = "SELECT asked.key, blob FROM json_each(?) AS asked CROSS JOIN entries ON
 _PUT = """INSERT INTO entries(key, expires, size, blob) VALUES (?, ?, ?, ?) ON CONFLICT(key) DO UPDATE
           SET expires = excluded.expires, size = excluded.size, blob = excluded.blob"""
 _SWEEP = "DELETE FROM entries WHERE id IN (SELECT id FROM entries WHERE expires <= ? ORDER BY expires LIMIT 64)"
+_CHANGES = "SELECT changes FROM shelf"
+LEFT = 60  # Seconds after which a lease that expired is removed
 
 # %% ../../nbs/23_stores.sqlite.ipynb #d3ceb95b
-class _Served(_Access):
+class _Served(Access):
     "Lookups, and what writes have to know of them."
 
     def __init__(self, path: Path, max_bytes: int, timeout: float, clock: Callable[[], float]) -> None:
-        super().__init__(path, timeout, clock)
-        self.max_bytes, self.served = max_bytes, set[str]()
+        super().__init__(path, timeout, clock, lambda: Tables(APPLICATION_ID, _STEPS, _FRESH))
+        self.folder, self.max_bytes, self.served = f"{path}.ears", max_bytes, set[str]()
 
     def find(self, keys: Sequence[str]) -> list[bytes | None]:
         "The bytes under each key, in order."
@@ -236,28 +126,44 @@ class _Served(_Access):
             self.served = set()
         return found
 
-    def settle(self, db: sqlite3.Connection) -> None:
+# %% ../../nbs/23_stores.sqlite.ipynb #b6d12491
+class _Writes(_Served):
+    "What all writes have in common."
+
+    def tidy(self, db: sqlite3.Connection) -> None:
         "What every write does besides."
-        served, self.served = list(self.served), set()
+        served, self.served, now = list(self.served), set(), self.clock()
         if served and 2 * db.execute("SELECT bytes FROM shelf").fetchone()[0] > self.max_bytes:
             db.execute(f"UPDATE entries SET asked = 1 WHERE asked = 0 AND {_AMONG}", (json.dumps(served),))
-        db.execute(_SWEEP, (self.clock(),))
+        if swept := db.execute(_SWEEP, (now,)).rowcount:
+            db.execute("UPDATE shelf SET changes = changes - ?", (swept,))
+        db.execute("DELETE FROM leases WHERE expires <= ?", (now - LEFT,))
 
-# %% ../../nbs/23_stores.sqlite.ipynb #b6d12491
-class _Shelf(_Served):
-    "The three transactions."
+    @contextmanager
+    def changing(self, keys: Sequence[str]) -> Iterator[sqlite3.Connection]:
+        "A transaction that changes these entries or their leases; who listens is told."
+        with self.writing() as db:
+            (before,) = db.execute(_CHANGES).fetchone()
+            self.tidy(db)
+            yield db
+            (after,) = db.execute(_CHANGES).fetchone()
+        tell(self.folder, before, after, keys)
 
-    def put(self, items: Sequence[Item]) -> None:
-        "Store items; of several with one key, the last."
+# %% ../../nbs/23_stores.sqlite.ipynb #a0c42b93
+class _Shelf(_Writes):
+    "The transactions."
+
+    def put(self, items: Sequence[Item], keys: Sequence[str] = (), token: str = "") -> None:
+        "Store items; of several with one key, the last. Then end those leases of the keys that have the token."
         now, rows, refused = self.clock(), [], []
-        for key, blob, ttl in {item.key: item for item in items}.values():
+        latest = {item.key: item for item in items}
+        for key, blob, ttl in latest.values():
             size = len(blob) + 2 * len(key) + OVERHEAD_BYTES
             if ttl > 0 and size <= self.max_bytes:
                 rows.append((key, now + ttl, size, blob))
             else:
                 refused.append(key)
-        with self.writing() as db:
-            self.settle(db)
+        with self.changing(list(dict.fromkeys([*latest, *keys]))) as db:
             if refused:
                 db.execute(f"DELETE FROM entries WHERE {_AMONG}", (json.dumps(refused),))
             room = 0
@@ -266,11 +172,13 @@ class _Shelf(_Served):
                     room = _make_room(db, row[2], self.max_bytes, now)
                 db.execute(_PUT, row)
                 room -= row[2]
+            if keys:
+                ended = db.execute(f"DELETE FROM leases WHERE token = ? AND {_AMONG}", (token, json.dumps(list(keys)))).rowcount
+                db.execute("UPDATE shelf SET changes = changes + ?", (ended,))
 
     def remove(self, keys: Sequence[str]) -> int:
         "Remove keys; how many live ones were there."
-        with self.writing() as db:
-            self.settle(db)
+        with self.changing(keys) as db:
             gone = db.execute(f"DELETE FROM entries WHERE +expires > ? AND {_AMONG}", (self.clock(), json.dumps(list(keys)))).rowcount
             _shrink(db)
         return gone
@@ -278,10 +186,55 @@ class _Shelf(_Served):
     def add(self, counts: Mapping[str, float]) -> None:
         "Add to counters."
         with self.writing() as db:
-            self.settle(db)
+            self.tidy(db)
             db.executemany(
                 "INSERT INTO counts VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value", list(counts.items())
             )
+
+# %% ../../nbs/23_stores.sqlite.ipynb #00dfb6df
+class _Leased(_Shelf):
+    "The transactions on leases."
+
+    def lease(
+        self, keys: Sequence[str], missing: Sequence[str], token: str, ttl: float, force: bool
+    ) -> tuple[dict[str, bytes], set[str]]:
+        "What has come meanwhile of what was missing, and which keys are leased to this token now."
+        with self.writing() as db:
+            self.tidy(db)
+            now = self.clock()
+            came = {missing[place]: blob for place, blob in db.execute(_MANY, (json.dumps(list(missing)), now))}
+            listed = json.dumps(list(keys))
+            others = db.execute(f"SELECT key FROM leases WHERE expires > ? AND token != ? AND {_AMONG}", (now, token, listed))
+            ours = set(keys) - {key for (key,) in others} - (set() if force else came.keys())
+            db.executemany("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", [(key, token, now + ttl) for key in ours])
+        return came, ours
+
+    def prolong(self, keys: Sequence[str], token: str, ttl: float) -> None:
+        "Put off the end of leases that have the token and have not ended."
+        with self.writing() as db:
+            self.tidy(db)
+            now, listed = self.clock(), json.dumps(list(keys))
+            db.execute(f"UPDATE leases SET expires = ? WHERE token = ? AND expires > ? AND {_AMONG}", (now + ttl, token, now, listed))
+
+# %% ../../nbs/23_stores.sqlite.ipynb #1c84011c
+class _Ears(News, Ears):
+    "Hears what any process of this machine changes in the file."
+
+    def __init__(self, shelf: _Shelf) -> None:
+        super().__init__(Path(shelf.folder), self._state)
+        self._shelf, self._then = shelf, shelf.clock()
+
+    def _state(self) -> tuple[Any, int, list[str]]:
+        shelf, now = self._shelf, self._shelf.clock()
+        at = os.stat(shelf.file.path)
+        for link in (shelf.links.writer, shelf.links.reader()):
+            link.checked = float("-inf")
+        sql = "SELECT changes, NULL FROM shelf UNION ALL SELECT NULL, key FROM leases WHERE expires > ? AND expires <= ?"
+        rows = shelf.read(sql, (min(self._then, now), now))
+        if shelf.file.options:
+            raise StoreUnavailableError(f"cache file {shelf.file.path}: it is read as immutable, so changes cannot be heard")
+        self._then = now
+        return (at.st_dev, at.st_ino), next(count for count, _ in rows if count is not None), [key for _, key in rows if key is not None]
 
 # %% ../../nbs/23_stores.sqlite.ipynb #aa761db7
 class _Entries(Store):
@@ -300,7 +253,8 @@ class _Entries(Store):
             raise ConfigError("SqliteStore(':memory:'): a store is shared by its file; for one in memory use MemoryStore or memory://")
         self.path = Path(path).expanduser().absolute()
         self.url, self.max_bytes = f"sqlite:///{self.path}", max_bytes
-        self._shelf = _Shelf(self.path, max_bytes, timeout, clock)
+        self._shelf = _Leased(self.path, max_bytes, timeout, clock)
+        self._ears = _Ears(self._shelf)
 
     def get_many(self, keys: Sequence[str]) -> Flow[list[bytes | None]]:
         "The bytes under each key, in order."
@@ -323,7 +277,35 @@ class _Entries(Store):
         return gone
 
 # %% ../../nbs/23_stores.sqlite.ipynb #24523a1d
-class SqliteStore(_Entries):
+class _Agreeing(_Entries):
+    "The verbs on leases."
+
+    def acquire(self, keys: Sequence[str], token: str, ttl: float, force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:
+        "For each key its bytes, and whether its lease is ours."
+        found = yield from self.get_many(keys)
+        missing = [key for key, blob in zip(keys, found, strict=True) if blob is None]
+        wanted = keys if force else missing
+        if not wanted:
+            return [(blob, False) for blob in found]
+        came, ours = yield Block(lambda: self._shelf.lease(wanted, missing, token, ttl, force))
+        return [(came.get(key, blob), key in ours) for key, blob in zip(keys, found, strict=True)]
+
+    def renew(self, keys: Sequence[str], token: str, ttl: float) -> Flow[None]:
+        "Keep those leases that are still ours."
+        if keys:
+            yield Block(lambda: self._shelf.prolong(keys, token, ttl))
+
+    def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
+        "Store the items and give back the leases, in one transaction."
+        if items or keys:
+            yield Block(lambda: self._shelf.put(items, keys, token))
+
+    def ears(self) -> Ears:
+        "Ears for the changes of all processes, this one included; the same each time."
+        return self._ears
+
+# %% ../../nbs/23_stores.sqlite.ipynb #9054ce18
+class SqliteStore(_Agreeing):
     "Entries in one file, which all processes of a machine share."
 
     def scan(self, prefix: str, cursor: str | None = None, limit: int = 1000) -> Flow[Page]:
@@ -352,8 +334,12 @@ class SqliteStore(_Entries):
         return {"entries": entries, "bytes": held, "max_bytes": self.max_bytes}
 
     def shut(self) -> Flow[None]:
-        "Close the file in all threads."
-        yield Block(self._shelf.links.close)
+        "Close the file in all threads, and the ears."
+        yield Block(self._close)
+
+    def _close(self) -> None:
+        self._ears.close()
+        self._shelf.links.close()
 
     def _ask(self, sql: str, *parameters: Any) -> Flow[list[Any]]:
         rows: list[Any] = yield Block(lambda: self._shelf.read(sql, parameters))

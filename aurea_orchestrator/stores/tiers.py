@@ -107,16 +107,17 @@ class _Listening:
         stop()
 
     def _reborn(self) -> None:
-        "In a forked child, where nobody listens, and whoever held a lock may be missing."
+        "In a forked child: nothing is heard, and whoever held a lock may be missing."
         self._opening, self._known.lock = threading.Lock(), threading.Lock()
-        self._stop = _silent
-        self._close()
+        self._sure, self._opened = _deaf, False
+        self._known.hear(None)
 
     def _open(self) -> None:
         "Begin to listen, unless somebody else has."
         with self._opening, suppress(StoreError, RuntimeError):  # Such as "can't start new thread" while the interpreter ends
             if not self._opened:
                 self._opened = True
+                self._stop()  # What was inherited by a fork
                 if (ears := self.shared.ears()) is not None:
                     self._stop = ears.listen(self._known.hear)
                     self._known.hear(None)

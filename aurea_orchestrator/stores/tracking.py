@@ -65,9 +65,15 @@ class _Line:
 
     def __init__(self, link: Any, cluster: bool) -> None:
         self.link, self.cluster, self.until, self.kinds = link, cluster, 0.0, frozenset[str]()
-        self.asked, self.last, self.mapped, self.map = deque[_Asked](), 0.0, 0.0, Any
+        self.asked, self.last, self.mapped = deque[_Asked](), 0.0, 0.0
+        self.map: set[Any] | None = None  # The primaries of the cluster
         link.connect()
         link._parser.set_invalidation_push_handler(_push)  # redis-py has no public name for it
+
+    def _say(self, asked: _Asked, *command: str) -> None:
+        self.link.send_command(*command, check_health=False)
+        self.asked.append(asked)
+        self.last = asked.at
 
 # %% ../../nbs/17_stores.tracking.ipynb #34a5ad8a
 class _Talk(_Line):
@@ -87,11 +93,6 @@ class _Talk(_Line):
             else:
                 self._say(_Asked(now, frozenset()), "PING")
 
-    def _say(self, asked: _Asked, *command: str) -> None:
-        self.link.send_command(*command, check_health=False)
-        self.asked.append(asked)
-        self.last = asked.at
-
     def take(self) -> tuple[list[str], bool]:
         "The keys that were named since, and whether anything may have changed."
         keys, any_key = list[str](), False
@@ -110,7 +111,7 @@ class _Talk(_Line):
         asked = self.asked.popleft()
         if asked.map:
             now = {(bytes(node[0] or b""), node[1]) for _, _, node, *_ in reply}
-            if self.map not in (Any, now):
+            if self.map not in (None, now):
                 raise StoreUnavailableError("the cluster has other primaries now")
             self.map = now
         self.kinds |= asked.kinds
@@ -150,10 +151,14 @@ class _Hearing:
             over, self._over, self._until = self._over, None, 0.0
         if over:
             over.set()
-        return self._thread if over and self._thread is not threading.current_thread() else None
+        return None if self._thread is threading.current_thread() else self._thread
 
     def _run(self, over: threading.Event) -> None:
         raise NotImplementedError
+
+# %% ../../nbs/17_stores.tracking.ipynb #639dc6b5
+class _Telling(_Hearing):
+    "What the thread does for them."
 
     def _proven(self, over: threading.Event, until: float, kinds: frozenset[str] | None = None) -> None:
         "Hearing is good up to then, unless that is the past already."
@@ -168,8 +173,8 @@ class _Hearing:
             except Exception:
                 _log.exception("a listener of store %s failed", self.at.shown)
 
-# %% ../../nbs/17_stores.tracking.ipynb #639dc6b5
-class _Reading(_Hearing):
+# %% ../../nbs/17_stores.tracking.ipynb #b2366320
+class _Reading(_Telling):
     "The thread: connect, listen, and again."
 
     def _run(self, over: threading.Event) -> None:
@@ -210,7 +215,7 @@ class _Reading(_Hearing):
                     self._tell(list(dict.fromkeys(keys)))
                 self._proven(over, min(line.until if kinds <= line.kinds else 0.0 for line in lines), kinds)
 
-# %% ../../nbs/17_stores.tracking.ipynb #b2366320
+# %% ../../nbs/17_stores.tracking.ipynb #3fee392c
 class Tracking(_Reading):
     "The ears of a Redis."
 
@@ -253,6 +258,5 @@ class Tracking(_Reading):
             thread.join(2 * _GOOD)
 
     async def _aclose(self) -> None:
-        end, thread = time.monotonic() + 2 * _GOOD, self._end()
-        while thread and thread.is_alive() and time.monotonic() < end:
-            await asyncio.sleep(0.01)
+        if thread := self._end():
+            await asyncio.to_thread(thread.join, 2 * _GOOD)

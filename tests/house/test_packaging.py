@@ -1,6 +1,7 @@
 """What is built and shipped: all modules, their types, the licence, and metadata that needs no apology."""
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,11 @@ def test_the_metadata_is_modern_and_complete(metadata):
     assert metadata["License"] is None and not [c for c in metadata.get_all("Classifier") if c.startswith("License ::")]
     assert "Typing :: Typed" in metadata.get_all("Classifier")
     assert metadata["Description-Content-Type"] == "text/markdown" and metadata.get_payload().startswith("# ")
+
+
+def test_links_of_the_description_lead_from_anywhere(metadata):
+    urls = re.findall(r"\]\(([^)]+)\)", metadata.get_payload())
+    assert len(urls) > 10 and [url for url in urls if not url.startswith("https://")] == []
 
 
 def test_running_needs_nothing_of_the_development_tools(metadata):
