@@ -5,6 +5,7 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 VENV ?= .venv
+BENCH ?= .venv-bench
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 META := settings.ini setup.py pyproject.toml
@@ -37,6 +38,12 @@ $(VENV)/.docs: $(META) | $(PY)
 	@$(PIP) -e '.[docs]'
 	@touch $@ $(VENV)/.app
 
+$(BENCH)/.peers: bench/requirements.txt $(META) | $(PY)
+	@echo 'making $(BENCH) and installing the peers'
+	@$(PY) -m venv $(BENCH)
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -e . -r bench/requirements.txt
+	@touch $@
+
 # ---- to run
 
 .PHONY: serve
@@ -68,6 +75,11 @@ synced: $(VENV)/.dev
 outputs: $(VENV)/.dev
 	$(PY) tools/nbrun.py --check
 
+.PHONY: bench
+bench: $(BENCH)/.peers $(VENV)/.dev ## Measure us beside the peers, some minutes (ARGS="redis http" for some parts, ARGS=--full for more)
+	@$(BENCH)/bin/python -m bench.run $(ARGS)
+	@$(PY) tools/nbrun.py nbs/tutorials/90_benchmarks.ipynb
+
 .PHONY: docs
 docs: $(VENV)/.docs ## Build the site into _docs (needs no network once set up)
 	@$(PY) tools/docs_src.py docs/_src
@@ -92,5 +104,5 @@ readme: $(VENV)/.dev ## Write README.md from nbs/index.ipynb
 
 .PHONY: clean
 clean: ## Remove what was built, and the virtual environment
-	rm -rf $(VENV) _docs _proc docs/_src build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(BENCH) _docs _proc docs/_src build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

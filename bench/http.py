@@ -51,8 +51,9 @@ def loaded(lab: Lab, port: int, connections: int = CONNECTIONS, seconds: float =
 def http(lab: Lab) -> Iterator[Case]:
     "The seed endpoint /llm/generate."
     lab.empty()
-    with (served(lab, OURS, url="memory://") as near, served(lab, OURS, url=lab.redis.url) as default, served(lab, OURS, url=lab.url) as far,
-          served(lab, "bench.apps:fastapi") as framework, served(lab, "bench.apps:bare") as bare):
+    with (served(lab, OURS, url="memory://") as near, served(lab, OURS, url=lab.redis.url) as default,
+          served(lab, OURS, url=lab.url) as far, served(lab, "bench.apps:fastapi") as framework,
+          served(lab, "bench.apps:bare") as bare):
         *loads, fixed, limit = [loaded(lab, port) for port in (near, default, far, framework, bare)]
         for place, load in zip(("in process", "Redis behind memory", "in Redis"), loads, strict=True):
             yield Case(f"HTTP hit, {place}", "FastAPI, fixed body", load, fixed, "requests/s", least=1.0, rounds=5)

@@ -5,6 +5,8 @@ import asyncio
 import gc
 import os
 import random
+import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -19,16 +21,20 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from aurea_orchestrator import codec
+from aurea_orchestrator import Cache, cached_llm, codec
 from aurea_orchestrator.config import Settings
+from aurea_orchestrator.contract import ChangeTests, CounterTests, CrowdTests, EntryTests, LifeTests, ScanTests, ThreadTests
 from aurea_orchestrator.effects import Flow, Inline, adrive, drive
 from aurea_orchestrator.errors import StoreError, StoreUnavailableError
 from aurea_orchestrator.stores.base import Ears, Item, Store
 from aurea_orchestrator.stores.guard import Guarded
 from aurea_orchestrator.stores.memory import OVERHEAD_BYTES, MemoryStore
+from aurea_orchestrator.stores.redis import RedisStore
+from aurea_orchestrator.stores.sqlite import SqliteStore
 from aurea_orchestrator.stores.tiers import Tiered
 from aurea_orchestrator.stores.urls import admit, choose_store, open_store
 from aurea_orchestrator.testing import StoreSuite
+from tests.servers import Server, until
 
 WAIT = Inline(lambda: None)
 
@@ -837,3 +843,208 @@ def test_nothing_is_opened_by_choosing(tmp_path: Path) -> None:
     threads = threading.active_count()
     store = open_store(f"sqlite:///{tmp_path}/cache.db")
     assert store.peek("llm:1") is None and list(tmp_path.iterdir()) == [] and threading.active_count() == threads
+
+
+# ---- over real stores ---------------------------------------------------------------------------------------------------
+
+class Real(EntryTests, ChangeTests, ScanTests, CounterTests, LifeTests, CrowdTests, ThreadTests):
+    "The contract where hearing takes a moment; time is left out, since only entries of ours say how long they live."
+
+    @pytest.fixture
+    def store(self, shared: Callable[[], Store]) -> Store:
+        self.shared = shared
+        return self.second(None)
+
+    def second(self, store: Any) -> Store: return tier(self.shared(), 10_000_000)
+
+
+class TestTieredSqlite(Real):
+    @pytest.fixture
+    def shared(self, tmp_path: Path) -> Callable[[], Store]: return lambda: SqliteStore(tmp_path / "cache.sqlite", timeout=10)
+
+
+@pytest.mark.redis
+class TestTieredRedis(Real):
+    @pytest.fixture
+    def shared(self, redis_url: str) -> Callable[[], Store]: return lambda: RedisStore(redis_url, timeout=10)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/cache.db" if request.param == "sqlite" else str(request.getfixturevalue("redis_url"))
+
+
+def sure(store: Store) -> bool: return store._clock() < store._sure()  # type: ignore[attr-defined]
+
+
+def kept(store: Store, name: str) -> bool:
+    "Ask until memory answers."
+    return until(lambda: (get(store, name), store.peek(name))[1], f"{name} to be kept") is not None
+
+
+READER = """
+import sys, time
+from aurea_orchestrator.cache import Cache
+from aurea_orchestrator.effects import drive
+cache = Cache.from_url(sys.argv[1])
+store = cache.store
+for line in sys.stdin:
+    key, last = line.strip(), 0.0
+    while store.peek(key) is None:
+        drive(store.get_many([key]))
+        time.sleep(0.001)
+    print("kept", flush=True)
+    while store.peek(key) is not None:
+        last = time.monotonic()
+        time.sleep(0.0002)
+    print(last, flush=True)
+cache.close()
+"""
+
+
+class Reader:
+    "Another process, with a memory of its own."
+
+    def __init__(self, url: str) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", READER, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        cwd=Path(__file__).parent.parent)
+
+    def keeps(self, name: str) -> None:
+        assert self.process.stdin and self.process.stdout
+        print(name, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "kept\n"
+
+    def last(self) -> float:
+        "When it last served the former bytes, by the clock that all processes of the machine share."
+        assert self.process.stdout
+        return float(self.process.stdout.readline())
+
+    def __enter__(self) -> Reader: return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def entry(n: int, ttl: float = 600) -> Item: return Item(key(n), sealed(key(n), time.time(), ttl), ttl)
+
+
+@pytest.mark.timeout(120)
+def test_what_changes_in_one_process_is_not_served_in_another(url: str, record_property: Callable[[str, object], None]) -> None:
+    "Written, removed, cleared, or by hand: the other serves it no longer than a moment."
+    cache = Cache.from_url(url)
+    store: Any = cache.store
+    drive(store.bump({"llm.miss": 1}))                                               # clear goes by the kinds that were counted
+
+    def by_hand(item: Item) -> None:
+        if not url.startswith("redis"): drive(SqliteStore(url.removeprefix("sqlite:///")).delete([item.key]))
+        else:
+            import redis
+            with redis.Redis.from_url(url) as client: client.delete(item.key)
+
+    ways: list[Callable[[Item], Any]] = [
+        lambda item: drive(store.put_many([item])), lambda item: drive(store.settle([item], [item.key], "nobody")),
+        lambda item: drive(store.delete([item.key])), lambda item: cache.clear("llm"), by_hand]
+    late = list[float]()
+    with Reader(url) as reader:
+        for n in range(200):
+            drive(store.put_many([item := entry(n)]))
+            reader.keeps(item.key)
+            began = time.monotonic()
+            ways[n % len(ways)](item)
+            late.append(max(0.0, reader.last() - began))                             # what the change itself takes, included
+    cache.close()
+    late.sort()
+    record_property("coherence", f"p50 {late[100] * 1e3:.2f} ms, p99 {late[197] * 1e3:.2f} ms, max {late[-1] * 1e3:.2f} ms")
+    print(f"\n{url.partition(':')[0]}: p50 {late[100] * 1e3:.2f} ms, p99 {late[197] * 1e3:.2f} ms, max {late[-1] * 1e3:.2f} ms")
+    assert statistics.median(late) < 0.1 and late[-1] < 1.0                          # the promise is 0.1 s; machines of tests are busy
+
+
+def test_a_miss_costs_one_get_until_memory_serves_it(url: str) -> None:
+    "What is stored here is not kept; its echo is awaited, then one lookup brings it."
+    cache = Cache.from_url(url)
+    store: Any = cache.store
+    until(lambda: (get(store, key(0)), sure(store))[1], "the ears")
+    drive(store.settle([entry(1)], [key(1)], "nobody"))
+    time.sleep(0.3)
+    assert store.peek(key(1)) is None and get(store, key(1)) == store.peek(key(1)) != None  # noqa: E711
+    cache.close()
+
+
+def test_a_cache_of_one_process_and_another_agree(url: str) -> None:
+    "Through the decorator: a refresh in one is seen in the other, which answered from memory before."
+    one, two = Cache.from_url(url), Cache.from_url(url)
+    said = ["old"]
+
+    def answer(prompt: str) -> str: return said[0]
+
+    mine, yours = (cached_llm(cache=cache, version="1")(answer) for cache in (one, two))
+    assert mine("p") == "old" == yours("p")
+    until(lambda: (yours("p"), drive(two.store.info())["memory_entries"])[1], "memory to serve it")
+    said[0] = "new"
+    mine.invalidate("p")
+    until(lambda: yours("p") == "new", "the change to be heard", 2)
+    one.close(); two.close()
+
+
+@pytest.mark.redis
+def test_a_server_that_hangs_is_not_believed_for_more_than_a_second(own_redis: Server) -> None:
+    cache = Cache.from_url(own_redis.url)
+    store: Any = cache.store
+    drive(store.put_many([entry(1)]))
+    assert kept(store, key(1))
+    own_redis.pause()
+    began = last = time.monotonic()
+    while time.monotonic() < began + 3:
+        if store.peek(key(1)) is not None: last = time.monotonic()
+        time.sleep(0.005)
+    assert last - began < 1.1, f"served for {last - began:.2f} s"
+    own_redis.resume()
+    until(lambda: kept(store, key(1)), "memory to serve again", 5)
+    own_redis.restart()                                                              # and empty now
+    until(lambda: store.peek(key(1)) is None, "what was lost to be forgotten", 2)
+    until(lambda: sure(store), "the ears", 5)
+    assert store.peek(key(1)) is None and get(store, key(1)) is None
+    cache.close()
+
+
+FORKED = """
+import os, sys, time
+from aurea_orchestrator import codec
+from aurea_orchestrator.cache import Cache
+from aurea_orchestrator.effects import drive
+from aurea_orchestrator.stores.base import Item
+store = Cache.from_url(sys.argv[1]).store
+key = "llm:" + "5" * 64
+
+def put(value): drive(store.put_many([Item(key, codec.encode(value, born=time.time(), ttl=60, seal=key.encode()), 60)]))
+def wait(true):
+    end = time.monotonic() + 8
+    while not true():
+        if time.monotonic() > end: os._exit(3)
+        time.sleep(0.005)
+def served(): return None if (blob := store.peek(key)) is None else codec.trusted(blob)
+def kept(): drive(store.get_many([key])); return served()
+
+put("old")
+wait(kept)
+there, back = os.pipe(), os.pipe()
+if not (child := os.fork()):
+    if store.peek(key) is not None: os._exit(4)
+    wait(kept)
+    os.write(back[1], b"k"); os.read(there[0], 1)
+    wait(lambda: served() is None)
+    wait(lambda: kept() == "new")
+    os._exit(0)
+os.read(back[0], 1)
+put("new")
+os.write(there[1], b"n")
+wait(lambda: kept() == "new")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+def test_a_forked_child_hears_for_itself(url: str) -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED, url], cwd=Path(__file__).parent.parent, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
