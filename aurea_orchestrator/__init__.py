@@ -7,7 +7,7 @@ Where each word lives, from the ground up:
     errors, config, events      every way to fail, every setting, what is told
     effects                     flows that are written once, for `def` and `async def`
     address, gather, sides      what a networked store needs: URLs, batches, a client a loop
-    files                       what a store in a file needs: threads, forks, versions
+    files, news                 what a store in a file needs: threads, forks, versions, ears
     shapes, forms, call, keys   **key**: any call in canonical form, and its SHA-256
     records, values, codec      values to bytes and back, never pickle
     stores.*                    **lookup**, **store**: Redis, SQLite, memory, behind one contract

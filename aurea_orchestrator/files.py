@@ -146,6 +146,11 @@ class Links(_Opened):
             finally:
                 link.lock.release()
 
+    def look_again(self) -> None:
+        "Have every connection look whether its file is still there before it is used, and not only each second."
+        for link in list(self._mine):
+            link.checked = float("-inf")
+
     def close(self) -> None:
         "Close the connections of all threads; they open again when they are used again."
         with _opening:

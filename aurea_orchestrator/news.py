@@ -75,6 +75,8 @@ def tell(
     keys: Sequence[str] = (),
 ) -> None:
     "Tell all who listen what was changed; after the commit. Never waits, never raises."
+    if not os.access(folder, os.R_OK):  # Mostly nobody listens, and an exception would cost more
+        return
     try:
         names = [name for name in os.listdir(folder) if name.endswith(_EAR)]
     except OSError:
@@ -85,7 +87,8 @@ def tell(
             _send(os.path.join(folder, name), lines)
 
 # %% ../nbs/14_news.ipynb #96e216b4
-_making = threading.Lock()  # Held while a pipe is made, and during a fork
+_making = threading.Lock()  # Held while pipes are opened or closed, and during a fork
+_pipes: set[_Pipe] = set()  # All that are open
 
 
 class _Pipe:
@@ -96,13 +99,11 @@ class _Pipe:
         name, self._rest, self._fds = secrets.token_hex(8), b"", list[int]()
         hidden, self.path = folder / f".{name}", folder / f"{name}{_EAR}"
         os.mkfifo(hidden, 0o600)
-        try:
+        with _making:
+            _pipes.add(self)
             for mode in (os.O_RDONLY, os.O_WRONLY):
                 self._fds.append(os.open(hidden, mode | os.O_NONBLOCK | os.O_CLOEXEC))
-            os.rename(hidden, self.path)
-        except OSError:
-            self.close(hidden)
-            raise
+        os.rename(hidden, self.path)
         with suppress(ImportError, AttributeError, OSError):  # Linux gives 64 KB, and more if asked
             import fcntl
             fcntl.fcntl(self._fds[0], fcntl.F_SETPIPE_SZ, 2**20)
@@ -119,12 +120,12 @@ class _Pipe:
         *lines, self._rest = self._rest.split(b"\n")
         return lines
 
-    def close(self, *paths: Path) -> None:
-        "Close it, and remove these names."
-        while self._fds:
-            os.close(self._fds.pop())
-        for path in paths:
-            path.unlink(missing_ok=True)
+    def close(self) -> None:
+        "Close it; its name stays."
+        with _making:
+            _pipes.discard(self)
+            while self._fds:
+                os.close(self._fds.pop())
 
 # %% ../nbs/14_news.ipynb #ecc132d2
 class _Tally:
@@ -187,7 +188,7 @@ class _Watch:
     def _mend(self) -> bool:
         "Whether a pipe was made; one that has vanished is left."
         if self.pipe is None:
-            with suppress(OSError, AttributeError), _making:  # Without a pipe there is still the count
+            with suppress(OSError, AttributeError):  # Without a pipe there is still the count
                 self.pipe = _Pipe(self.folder)
                 tell(str(self.folder))  # The pipes of those who died are removed
                 return True
@@ -211,7 +212,10 @@ class _Watching(_Watch):
         finally:
             self._deaf()
             if self.pipe:
-                self.pipe.close(self.pipe.path)
+                self.pipe.path.unlink(missing_ok=True)
+                self.pipe.close()
+                with suppress(OSError):  # Others listen
+                    self.folder.rmdir()
 
     def _check(self) -> float:
         "Look at the count; seconds until the next look."
@@ -306,10 +310,8 @@ class News(_Listeners):
                 thread.join(2)
 
     def forked(self) -> None:
-        "In a child: there is no thread any more, and the pipe is the parent's."
-        watch, self._watch, self._lock = self._watch, None, threading.Lock()
-        if watch and watch.pipe:
-            watch.pipe.close()
+        "In a child: there is no thread any more."
+        self._watch, self._lock = None, threading.Lock()
 
 # %% ../nbs/14_news.ipynb #2faea999
 _heard: WeakSet[News] = WeakSet()  # All that have a thread, or had one
@@ -317,6 +319,8 @@ _heard: WeakSet[News] = WeakSet()  # All that have a thread, or had one
 
 def _born() -> None:
     _making.release()
+    for pipe in list(_pipes):
+        pipe.close()
     for news in list(_heard):
         news.forked()
 

@@ -66,9 +66,10 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 2) ->
 
 def ratios(rows: Sequence[Row]) -> str:
     "The rows of the budgets, and those beside them."
-    lines = [[r["name"], r["against"], f"{short(r['ours'])} {r['unit']}", short(r["theirs"]), figure(r), spread(r), budget(r), verdict(r)]
-             for r in rows]
-    return table(("what", "beside", "ours", "theirs", "ratio", "least–most", "budget", ""), lines)
+    def line(r: Row) -> list[str]:
+        sides = [f"{short(r['ours'])} {r['unit']}", short(r["theirs"])]
+        return [r["name"], r["against"], *sides, figure(r), spread(r), short(r["best"]), budget(r), verdict(r)]
+    return table(("what", "beside", "ours", "theirs", "ratio", "least–most", "best", "budget", ""), list(map(line, rows)))
 
 
 def grown(one: Row) -> str:
@@ -97,7 +98,7 @@ def text(x: float, y: float, words: str, how: str = "") -> str: return f'<text x
 def chart(rows: Sequence[Row]) -> str:
     "How much of each budget is used, on a logarithmic scale: left of the line is within. The whisker is least to most."
     kept = [r for r in rows if r.get("budget")]
-    left, wide, high = 330, 400, 26
+    left, wide, high = 210, 250, 24
 
     def used(row: Row, value: float) -> float: return value / row["budget"] if row["bound"] == "≤" else row["budget"] / max(value, 1e-9)
     def place(share: float) -> float: return left + wide * (math.log10(min(max(share, 0.01), 10)) + 2) / 3
@@ -114,15 +115,15 @@ def chart(rows: Sequence[Row]) -> str:
                 f'<rect x="{left}" y="{y + 4}" width="{max(1, place(used(row, row["figure"])) - left):.0f}" height="14" fill="{color}"/>',
                 f'<line x1="{low:.0f}" x2="{high_end:.0f}" y1="{y + 11}" y2="{y + 11}" stroke="currentColor"/>',
                 text(left + wide + 8, y + 14, figure(row) + (f" {row['against']}" if row["how"] == "×" else ""))]
-    return svg(left + wide + 270, 30 + high * len(kept), out, "How much of each budget is used")
+    return svg(left + wide + 220, 30 + high * len(kept), out, "How much of each budget is used")
 
 
 def curves(grown: Sequence[Row]) -> str:
     "Small multiples; both scales logarithmic."
-    out, wide, high, across = [], 330, 200, 3
+    out, wide, high, across = [], 340, 215, 2
     for n, one in enumerate(grown):
         x0, y0 = (n % across) * wide + 46, (n // across) * high + 34
-        w, h = wide - 76, high - 84
+        w, h = wide - 76, high - 99
         seen = [v for values in one["series"].values() for v in values if v > 0]
         bottom, top = math.floor(math.log10(min(seen))), max(math.ceil(math.log10(max(seen))), math.floor(math.log10(min(seen))) + 1)
         first, last = math.log10(one["at"][0]), math.log10(one["at"][-1])
@@ -140,11 +141,11 @@ def curves(grown: Sequence[Row]) -> str:
             out += [f'<line x1="{x0}" x2="{x0 + w}" y1="{y:.0f}" y2="{y:.0f}" stroke="currentColor" stroke-opacity="0.2"/>',
                     text(x0 - 4, y + 4, power_of(10.0**power), 'text-anchor="end" opacity="0.6"')]
         out += [text(across_at(x), y0 + h + 13, power_of(x), 'text-anchor="middle" opacity="0.6"') for x in one["at"]]
-        room = w / len(one["series"]) + 10
+        room = w / min(3, len(one["series"])) + 12
         for k, (name, values) in enumerate(one["series"].items()):
             points = " ".join(f"{across_at(x):.0f},{down_at(y):.0f}" for x, y in zip(one["at"], values, strict=True))
             out += [f'<polyline points="{points}" fill="none" stroke="{COLORS[k]}" stroke-width="2"/>',
-                    text(x0 - 30 + room * k, y0 + h + 27, name, f'fill="{COLORS[k]}"')]
+                    text(x0 - 30 + room * (k % 3), y0 + h + 27 + 13 * (k // 3), name, f'fill="{COLORS[k]}"')]
     return svg(across * wide, -(-len(grown) // across) * high + 10, out, "How the cost grows")
 
 

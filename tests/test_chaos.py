@@ -88,11 +88,11 @@ async def test_chaos(tmp_path, own_redis):
         # it mends: soon there are hits again, and /ready says so
         with service.client() as client:
             deadline = time.monotonic() + 20
-            while client.get("/ready").json()["status"] != "ready" and time.monotonic() < deadline: time.sleep(0.1)
+            while client.get("/ready").json()["status"] != "ready" and time.monotonic() < deadline: await asyncio.sleep(0.1)
             assert client.get("/ready").json()["status"] == "ready"
             assert [client.post("/llm/generate", json={"prompt": "afterwards"}).status_code for _ in range(2)] == [200, 200]
             assert client.post("/llm/generate", json={"prompt": "afterwards"}).headers["x-cache"] == "hit"
-            time.sleep(1)
+            await asyncio.sleep(1)
             page = samples(client.get("/metrics").text)
             # counters are consistent: every lookup is a hit or a miss
             lookups = page['cache_hits_total{cache_type="llm"}'] + page['cache_misses_total{cache_type="llm"}']

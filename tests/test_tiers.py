@@ -5,11 +5,13 @@ import asyncio
 import gc
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from math import inf
@@ -21,7 +23,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from aurea_orchestrator import Cache, cached_llm, codec
+from aurea_orchestrator import Cache, cached, codec
 from aurea_orchestrator.config import Settings
 from aurea_orchestrator.contract import ChangeTests, CounterTests, CrowdTests, EntryTests, LifeTests, ScanTests, ThreadTests
 from aurea_orchestrator.effects import Flow, Inline, adrive, drive
@@ -374,6 +376,19 @@ def test_a_lookup_over_a_shut_and_reopened_tier_keeps_nothing_old() -> None:
     get(store, "other")
     finish(flow)
     assert store.peek("k") is None
+
+
+def test_ears_do_not_keep_a_memory_that_nobody_uses() -> None:
+    shared = Shared()
+    store = tier(shared)
+    put(shared, "k", b"v")
+    assert get(store, "k") == store.peek("k") and len(shared.listeners) == 1
+    gone = weakref.ref(store), weakref.ref(store._known)
+    del store
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+    shared.say(["k"])
+    assert shared.listeners == []
 
 
 def test_a_shut_between_asking_the_ears_and_leaving_a_token() -> None:
@@ -800,6 +815,7 @@ def test_threads() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.timeout(30)
 def test_a_forked_child_starts_with_nothing_and_listens_itself() -> None:
     shared = Shared()
     store = tier(shared)
@@ -809,6 +825,7 @@ def test_a_forked_child_starts_with_nothing_and_listens_itself() -> None:
     held.start()
     held.join()                                                                       # a thread that the child will not have
     if not (child := os.fork()):
+        signal.alarm(10)
         empty = store.peek("k") is None and drive(store.info())["memory_entries"] == 0
         again = get(store, "k") == b"v" == store.peek("k") and len(shared.listeners) == 1
         os._exit(0 if empty and again else 1)
@@ -960,6 +977,20 @@ def test_what_changes_in_one_process_is_not_served_in_another(url: str, record_p
     assert statistics.median(late) < 0.1 and late[-1] < 1.0                          # the promise is 0.1 s; machines of tests are busy
 
 
+@pytest.mark.redis
+async def test_lookups_that_meet_still_share_a_command(redis_server: Server) -> None:
+    store: Any = Cache.from_url(redis_server.url).store
+    drive(store.put_many([entry(n) for n in range(20)]))
+    until(lambda: (get(store, key(0)), sure(store))[1], "the ears")
+    drive(store.get_many([key(n) for n in range(5)]))
+    with redis_server.client() as client:
+        client.config_resetstat()
+        found = await asyncio.gather(*(adrive(store.get_many([key(n), key(0)])) for n in range(20)))
+        calls = {name: facts["calls"] for name, facts in client.info("commandstats").items()}
+    assert None not in [blob for blobs in found for blob in blobs] and calls.get("cmdstat_mget") == 1 and "cmdstat_get" not in calls
+    await adrive(store.shut())
+
+
 def test_a_miss_costs_one_get_until_memory_serves_it(url: str) -> None:
     "What is stored here is not kept; its echo is awaited, then one lookup brings it."
     cache = Cache.from_url(url)
@@ -978,7 +1009,7 @@ def test_a_cache_of_one_process_and_another_agree(url: str) -> None:
 
     def answer(prompt: str) -> str: return said[0]
 
-    mine, yours = (cached_llm(cache=cache, version="1")(answer) for cache in (one, two))
+    mine, yours = (cached("saying", cache=cache, version="1")(answer) for cache in (one, two))
     assert mine("p") == "old" == yours("p")
     until(lambda: (yours("p"), drive(two.store.info())["memory_entries"])[1], "memory to serve it")
     said[0] = "new"

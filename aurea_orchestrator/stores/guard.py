@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 __all__ = ['Guarded']
 
 # %% ../../nbs/27_stores.guard.ipynb #774876dd
-_WRITES = frozenset({"put_many", "delete", "bump", "renew", "settle"})
+_WRITES = frozenset({"put_many", "delete", "bump", "acquire", "renew", "settle"})
 _PROBE = "aurea:probe"  # A key that nobody stores; removing it shows whether writing works
 
 

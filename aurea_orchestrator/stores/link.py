@@ -14,6 +14,7 @@ import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import ClusterDownError, NoPermissionError
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
 from ..address import Address
@@ -102,7 +103,7 @@ def dial(
     timeout: float,  # Seconds of one wait
 ) -> list[Any]:
     "A connection to each primary, RESP 3, not open yet."
-    link = _options(at, redis, timeout, 1) | {"protocol": 3, "db": at.db}
+    link = _options(at, redis, timeout, 1) | {"protocol": 3, "db": at.db, "maint_notifications_config": MaintNotificationsConfig(enabled=False)}
     return [redis.Redis(**place, **link).connection_pool.make_connection() for place in _places(at, timeout)]
 
 # %% ../../nbs/16_stores.link.ipynb #1ea15337

@@ -24,7 +24,7 @@ from ..gather import Gather
 from ..sides import Once, Sides, Turns
 from .base import Ears, Item, Page, Store
 from .link import Client, Maker, Node, fault, open_client, primaries
-from .tracking import Tracking, lease
+from .tracking import Tracking, freed, lease
 
 # %% auto #0
 __all__ = ['RedisStore']
@@ -115,17 +115,18 @@ _ACQUIRE = """local blob = redis.pcall('GET', KEYS[1])
 if type(blob) == 'table' then blob = false end
 if blob and ARGV[3] == '0' then return {blob, 0} end
 if redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) or redis.pcall('GET', KEYS[2]) == ARGV[1] then return {blob, 1} end
-return {blob, 0}"""
+return {blob, 0, redis.call('PTTL', KEYS[2])}"""
 _KEEP = "if redis.pcall('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
-_RELEASE = "if redis.pcall('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_RELEASE = """if redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('RENAME', KEYS[1], KEYS[2])
+return redis.call('DEL', KEYS[2])"""
 _TEXTS = {sha1(text.encode(), usedforsecurity=False).hexdigest(): text for text in (_ACQUIRE, _KEEP, _RELEASE)}
 _DIGESTS = {text: digest for digest, text in _TEXTS.items()}
 
 
 def _unknown(commands: Sequence[_Command], replies: Sequence[Any]) -> list[_Command]:
     "Calls of scripts that the server does not know, with their texts."
-    refused = [command for command, reply in zip(commands, replies, strict=True) if isinstance(reply, NoScriptError)]
-    return [("EVAL", _TEXTS[digest], *rest) for _, digest, *rest in refused]
+    return [("EVAL", _TEXTS[call[1]], *call[2:]) for call, reply in zip(commands, replies, strict=True) if isinstance(reply, NoScriptError)]
 
 
 def _filled(replies: Sequence[Any], others: Sequence[Any]) -> list[Any]:
@@ -331,7 +332,10 @@ class _Leases(_Verbs):
         found = list[tuple[bytes | None, bool]]()
         for at in range(0, len(keys), _AT_ONCE):
             calls = [("EVALSHA", _DIGESTS[_ACQUIRE], 2, key, lease(key), token, _ms(ttl), int(force)) for key in keys[at:at + _AT_ONCE]]
-            found += [(blob, granted == 1) for blob, granted in (yield self._sides.both("run", calls))]
+            for key, (blob, granted, *left) in zip(keys[at:], (yield self._sides.both("run", calls)), strict=False):
+                found.append((blob, granted == 1))
+                if left and self._ears:
+                    self._ears.expect(key, left[0] / 1000 if left[0] >= 0 else ttl)
         return found
 
     def renew(self, keys: Sequence[str], token: str, ttl: float) -> Flow[None]:
@@ -339,7 +343,7 @@ class _Leases(_Verbs):
             yield self._sides.both("run", [("EVALSHA", _DIGESTS[_KEEP], 1, lease(key), token, _ms(ttl)) for key in keys])
 
     def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
-        if commands := self._sets(items) + [("EVALSHA", _DIGESTS[_RELEASE], 1, lease(key), token) for key in keys]:
+        if commands := self._sets(items) + [("EVALSHA", _DIGESTS[_RELEASE], 2, lease(key), freed(key), token) for key in keys]:
             yield self._sides.both("run", commands)
 
     def ears(self) -> Ears | None:

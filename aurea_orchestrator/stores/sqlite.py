@@ -227,8 +227,7 @@ class _Ears(News, Ears):
     def _state(self) -> tuple[Any, int, list[str]]:
         shelf, now = self._shelf, self._shelf.clock()
         at = os.stat(shelf.file.path)
-        for link in (shelf.links.writer, shelf.links.reader()):
-            link.checked = float("-inf")
+        shelf.links.look_again()
         sql = "SELECT changes, NULL FROM shelf UNION ALL SELECT NULL, key FROM leases WHERE expires > ? AND expires <= ?"
         rows = shelf.read(sql, (min(self._then, now), now))
         if shelf.file.options:

@@ -24,22 +24,29 @@ from .link import dial, fault
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['lease', 'Tracking']
+__all__ = ['lease', 'freed', 'Tracking']
 
 # %% ../../nbs/17_stores.tracking.ipynb #79881856
-_LEASE = "aurea:lease:"
+_FREED = "aurea:freed:"
 
 
 def lease(
     key: str,  # Of an entry
 ) -> str:
     "The key of its lease."
-    return f"{_LEASE}{{{key}}}"
+    return f"aurea:lease:{{{key}}}"
+
+
+def freed(
+    key: str,  # Of an entry
+) -> str:
+    "The key that is touched when its lease is given back."
+    return f"{_FREED}{{{key}}}"
 
 
 def _entry(key: str) -> str:
     "The key of the entry that is meant."
-    return key[len(_LEASE) + 1:-1] if key.startswith(_LEASE) else key
+    return key[len(_FREED) + 1:-1] if key.startswith(_FREED) else key
 
 # %% ../../nbs/17_stores.tracking.ipynb #4cb3ae08
 _PROOF = 0.25   # Seconds between two questions
@@ -127,7 +134,7 @@ class _Hearing:
 
     def __init__(self, at: Address) -> None:
         self.at, self._refused, self._listeners = at, False, dict[object, _Heard]()
-        self._kinds = frozenset({"llm:", "embedding:", _LEASE})
+        self._kinds, self._expected = frozenset({"llm:", "embedding:", _FREED}), dict[str, float]()
         self._fresh()
 
     def _fresh(self) -> None:
@@ -166,6 +173,14 @@ class _Telling(_Hearing):
             if self._over is over and kinds in (None, self._kinds):
                 self._until = until
 
+    def _due(self, heard: Sequence[str]) -> list[str]:
+        "The keys whose leases must have ended, as far as is known."
+        for key in heard:
+            self._expected.pop(key, None)
+        now = time.monotonic()
+        due = [key for key, end in list(self._expected.items()) if end <= now]
+        return [key for key in due if self._expected.pop(key, None)]
+
     def _tell(self, keys: Sequence[str] | None) -> None:
         for heard in list(self._listeners.values()):
             try:
@@ -187,6 +202,8 @@ class _Reading(_Telling):
                 self._listen(lines, over)
             except Exception as error:
                 self._proven(over, 0.0)
+                if any(line.until for line in lines) and not over.is_set():
+                    self._tell(None)  # Who waits should not do so in vain
                 if type(trouble := fault(self.at.shown, _GOOD, error)) is StoreError:  # It answered: no
                     self._refused = True
                     _log.info("%s; its changes cannot be heard, so nothing is served from memory", str(trouble).rstrip("."))
@@ -211,18 +228,43 @@ class _Reading(_Telling):
                 keys, more = [key for some, _ in news for key in some], any(len(some) >= _AT_ONCE for some, _ in news)
                 if any(any_key for _, any_key in news):
                     self._tell(None)
-                elif keys:
-                    self._tell(list(dict.fromkeys(keys)))
+                elif keys := list(dict.fromkeys(keys + self._due(keys))):
+                    self._tell(keys)
                 self._proven(over, min(line.until if kinds <= line.kinds else 0.0 for line in lines), kinds)
 
 # %% ../../nbs/17_stores.tracking.ipynb #3fee392c
-class Tracking(_Reading):
+class _Noticing(_Reading):
+    "What the store says to its ears."
+
+    def watch(
+        self,
+        keys: Sequence[str],  # That the store is about to read or write
+    ) -> None:
+        "Be sure to hear of these keys, or to be deaf until then."
+        if self._listeners:
+            if self._over is None or self._pid != os.getpid():
+                self._start()
+            if new := {key[:key.find(":") + 1] for key in keys} - self._kinds - {""}:
+                with self._lock:
+                    self._kinds, self._until = self._kinds | new, 0.0
+
+    def expect(
+        self,
+        key: str,        # Of an entry whose lease somebody else has
+        seconds: float,  # That are left of it
+    ) -> None:
+        "Tell the listeners of that key when its lease must have ended, unless they heard of it before."
+        if self._listeners:
+            self._expected[key] = time.monotonic() + seconds
+
+# %% ../../nbs/17_stores.tracking.ipynb #10a5f737
+class Tracking(_Noticing):
     "The ears of a Redis."
 
     def listen(
         self,
-        heard: _Heard,          # Given the keys of entries that changed or whose lease changed; None: any may have
-    ) -> Callable[[], None]:    # Call it to stop listening
+        heard: _Heard,        # Given the keys of entries that changed or whose lease ended; None: any may have
+    ) -> Callable[[], None]:  # Call it to stop listening
         "Call `heard` for each change, from the thread of the ears."
         self._listeners[ticket := object()] = heard
         self._start()
@@ -236,18 +278,6 @@ class Tracking(_Reading):
     def until(self) -> float:
         "The `time.monotonic()` up to which nothing more than a moment old was missed; 0 while they are deaf."
         return self._until if self._pid == os.getpid() else 0.0
-
-    def watch(
-        self,
-        keys: Sequence[str],  # That the store is about to read or write
-    ) -> None:
-        "Be sure to hear of these keys, or to be deaf until then."
-        if self._listeners:
-            if self._over is None or self._pid != os.getpid():
-                self._start()
-            if new := {key[:key.find(":") + 1] for key in keys} - self._kinds - {""}:
-                with self._lock:
-                    self._kinds, self._until = self._kinds | new, 0.0
 
     def shut(self) -> Both:
         "End the thread. Listeners stay, and hear again once the store is used again."
