@@ -528,7 +528,7 @@ def test_ears_after_a_failover(tmp_path: Path, noted: Noted, house: Any) -> None
         notes.ready(20)
         assert notes.told[0] is None and notes.good[0] is False
         for key in keys(30):
-            until(lambda key=key: drive(store.get_many([key])) == [None], "the new primary")
+            until(lambda key=key: drive(store.get_many([key])) == [None], "the new primary")  # type: ignore[misc]
             notes.after(lambda key=key: drive(store.put_many([Item(key, b"v", 9)])), key)  # type: ignore[misc]
     finally: servers.kill()
 

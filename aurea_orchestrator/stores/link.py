@@ -103,8 +103,12 @@ def dial(
     timeout: float,  # Seconds of one wait
 ) -> list[Any]:
     "A connection to each primary, RESP 3, not open yet."
-    link = _options(at, redis, timeout, 1) | {"protocol": 3, "db": at.db, "maint_notifications_config": MaintNotificationsConfig(enabled=False)}
-    return [redis.Redis(**place, **link).connection_pool.make_connection() for place in _places(at, timeout)]
+    quiet = {"maint_notifications_config": MaintNotificationsConfig(enabled=False)}
+    link = _options(at, redis, timeout, 1) | {"protocol": 3, "db": at.db} | quiet
+    pools = [redis.Redis(**place, **link).connection_pool for place in _places(at, timeout)]
+    for pool in pools:  # redis-py 7.0 forgets it for a socket of this machine
+        pool.connection_kwargs.update(quiet)
+    return [pool.make_connection() for pool in pools]
 
 # %% ../../nbs/16_stores.link.ipynb #1ea15337
 _CURES: tuple[tuple[type[Exception], str], ...] = (
