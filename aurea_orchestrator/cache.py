@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['fetch', 'lead', 'lease', 'join', 'agree', 'fresh', 'give_back', 'aging', 'refresh', 'reply', 'failed', 'bypass',
-           'clear', 'made_by', 'glance', 'glimpse', 'answer', 'Cache', 'get_cache', 'use_cache']
+           'clear', 'made_by', 'glance', 'seek', 'glimpse', 'answer', 'Cache', 'get_cache', 'use_cache']
 
 # %% ../nbs/50_cache.ipynb #ad002aec
-def fetch(cache: Workings, request: Request) -> Flow[list[Reply]]:
+def fetch(cache: Workings, request: Request, found: dict[str, Reply] | None = None) -> Flow[list[Reply]]:
     "request → key → lookup → lease → compute → store → reply"
     if request.bypass or not cache.enabled:
         return (yield from bypass(cache, request))
     led: set[str] = set()
-    found = yield from lookup(cache, request, request.keys)
+    if found is None:  # Else somebody has looked already
+        found = yield from lookup(cache, request, request.keys)
     yield from refresh(cache, request, {key: one.born for key, one in found.items() if aging(cache, request, one)})
     try:
         while missing := [key for key in dict.fromkeys(request.keys) if key not in found]:
@@ -217,16 +218,35 @@ def glance(cache: Workings, kind: str, key: str, tally: Tally) -> tuple[Any] | N
     if not cache.enabled or (blob := cache.store.peek(key)) is None:
         return None
     try:
-        if cache.clock.now() > codec.until(blob):
-            return None
-        value = codec.trusted(blob)
+        found = codec.current(blob, cache.clock.now())
     except CodecError:
         return None
-    tally.add(kind, Outcome.HIT)
-    cache.counts.add(kind, Outcome.HIT)
-    if cache.bus:
+    if found is None:
+        return None
+    cache.counts.add(kind, Outcome.HIT, 1, tally)
+    if cache.bus.listeners:
         cache.bus.tell(Event("reply", kind, outcome=Outcome.HIT))
-    return (value,)
+    return found
+
+# %% ../nbs/50_cache.ipynb #663bbbc9
+def seek(cache: Workings, kind: str, key: str, tally: Tally) -> Flow[tuple[Any, ...] | None]:
+    "The value of a key in a tuple; an empty tuple if there is none; None if `fetch` had better look."
+    if not cache.enabled:
+        return None
+    began = cache.clock.tick()
+    try:
+        (blob,) = yield from cache.store.get_many([key])
+        if blob is not None:
+            codec.check(blob, key.encode())
+        found = () if blob is None else codec.current(blob, cache.clock.now())
+    except (StoreError, CodecError):
+        return None
+    tell(cache, "lookup", kind, began)
+    if found:
+        cache.counts.add(kind, Outcome.HIT, 1, tally)
+        if cache.bus.listeners:
+            cache.bus.tell(Event("reply", kind, outcome=Outcome.HIT))
+    return found
 
 # %% ../nbs/50_cache.ipynb #c8c23070
 def glimpse(cache: Workings, request: Request) -> list[Reply] | None:

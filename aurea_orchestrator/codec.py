@@ -17,14 +17,14 @@ from .errors import DamagedEntryError, UnstorableError
 from .values import from_payload, to_payload
 
 # %% auto #0
-__all__ = ['Header', 'Entry', 'encode', 'check', 'decode', 'header', 'until', 'trusted']
+__all__ = ['Header', 'Entry', 'encode', 'check', 'decode', 'header', 'until', 'trusted', 'current']
 
 # %% ../nbs/20_codec.ipynb #f08563d9
 _MAGIC, _VERSION = b"\xc1A", 1
 _HEAD = struct.Struct("<2sBBdddI")
 _META_SIZE = struct.Struct("<I")
 _META_AT = _HEAD.size - _META_SIZE.size
-_TIMES, _TIMES_AT = struct.Struct("<dd"), 4  # Born and ttl, and where they stand
+_TIMES, _QUICK, _TIMES_AT = struct.Struct("<dd"), struct.Struct("<dddI"), 4  # Born and ttl (then cost, size of meta), and where they stand
 _MIN_BYTES = _HEAD.size + 4
 _pack = msgspec.msgpack.Encoder().encode
 _unpack_meta = msgspec.msgpack.Decoder(dict[str, Any]).decode
@@ -148,5 +148,16 @@ def trusted(
     try:
         start = _HEAD.size + _META_SIZE.unpack_from(blob, _META_AT)[0]
         return from_payload(blob[3], blob[start:-4])
+    except Exception as error:
+        raise _unreadable(error) from None
+
+def current(
+    blob: bytes,  # A checked entry
+    now: float,   # Unix seconds
+) -> tuple[Any] | None:
+    "The value of an entry in a tuple, or None if it is past its ttl: `until` and `trusted` in one, for the path that counts microseconds."
+    try:
+        born, ttl, _, size = _QUICK.unpack_from(blob, _TIMES_AT)
+        return None if now > born + ttl else (from_payload(blob[3], blob[_HEAD.size + size : -4]),)
     except Exception as error:
         raise _unreadable(error) from None

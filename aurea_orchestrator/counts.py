@@ -36,9 +36,9 @@ class Counts:
         "Nothing counted yet; so begins a forked child too, for what its parent counted the parent delivers."
         self.tally, self._due = Tally(), False
 
-    def add(self, kind: str, outcome: str, n: int = 1) -> None:
-        "Count."
-        self.tally.add(kind, outcome, n)
+    def add(self, kind: str, outcome: str, n: int = 1, also: Tally | None = None) -> None:
+        "Count, here and in another tally."
+        self.tally.add(kind, outcome, n, also)
         if not self._due:
             self._due = True
             timer = threading.Timer(DELIVERY, _deliver, [weakref.ref(self)])

@@ -15,14 +15,14 @@ from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar, ca
 
 from .admission import anything, whole
 from .calling import Call, CallForMissing, together
-from .cache import Cache, clear, fetch, get_cache, glance
+from .cache import Cache, clear, fetch, get_cache, glance, seek
 from .effects import Effect, Flow, adrive, drive
 from .errors import ConfigError
 from .events import Tally, hits_and_misses
 from .call import Binder, identity
 from .keys import check_kind, check_namespace, key_for, make_many
 from .replay import play
-from .request import Request
+from .request import Reply, Request
 from .streams import END, Source, read
 
 _P = ParamSpec("_P")
@@ -83,6 +83,7 @@ class _Cached:
         self.tally, self.parameters = Tally(), inspect.signature(fn).parameters
         self.name = f"{fn.__module__}.{fn.__qualname__}"
         self._method, self._declares_bypass = _is_method(fn), "bypass_cache" in self.parameters
+        self._ages = bool(options.stale or options.early)  # Then a hit may have to be refreshed, which the quick ways cannot do
         self._key = key_for(fn, kind, options.namespace, options.version, options.ignore, self._method)
 
     def __repr__(self) -> str:
@@ -147,12 +148,16 @@ class CachedFunction(_Asking, Generic[_P, _R]):
         "The answer, where it can be told without any I/O; else the flow that gets it."
         fresh = self._fresh(args, kwargs) if kwargs or self._declares_bypass else False
         key = self._key(*args, **kwargs)
-        if not fresh and not self.options.early and (found := glance(self.cache, self.kind, key, self.tally)) is not None:
-            return found
-        return self._ask(self._request([key], Call(self.__wrapped__, args, kwargs), fresh))
+        if fresh or self._ages:
+            return self._ask(args, kwargs, key, fresh)
+        return glance(self.cache, self.kind, key, self.tally) or self._seek(args, kwargs, key)
 
-    def _ask(self, request: Request) -> Flow[Any]:
-        (reply,) = yield from fetch(self.cache, request)
+    def _seek(self, args: Sequence[Any], kwargs: dict[str, Any], key: str) -> Flow[Any]:
+        found = yield from seek(self.cache, self.kind, key, self.tally)
+        return found[0] if found else (yield from self._ask(args, kwargs, key, False, None if found is None else {}))
+
+    def _ask(self, args: Sequence[Any], kwargs: dict[str, Any], key: str, fresh: bool, found: dict[str, Reply] | None = None) -> Flow[Any]:
+        (reply,) = yield from fetch(self.cache, self._request([key], Call(self.__wrapped__, args, kwargs), fresh), found)
         return reply.value
 
     def refresh(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -64,14 +64,14 @@ class Bus:
     "Tells listeners what happens. It is false while nobody listens."
 
     def __init__(self) -> None:
-        self._listeners: tuple[Listener, ...] = ()
+        self.listeners: tuple[Listener, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self._listeners)
+        return bool(self.listeners)
 
     def tell(self, event: Event) -> None:
         "Hand one event to everybody who listens."
-        for listener in self._listeners:
+        for listener in self.listeners:
             try:
                 listener(event)
             except Exception:
@@ -83,11 +83,11 @@ class Bus:
         listener: Listener,  # Called with every `Event`
     ) -> Iterator[None]:
         "Listen inside of a `with` block."
-        self._listeners += (listener,)
+        self.listeners += (listener,)
         try:
             yield
         finally:
-            self._listeners = tuple(other for other in self._listeners if other is not listener)
+            self.listeners = tuple(other for other in self.listeners if other is not listener)
 
 # %% ../nbs/02_events.ipynb #0b76f413
 class Clock(NamedTuple):
@@ -97,39 +97,43 @@ class Clock(NamedTuple):
     tick: Callable[[], float] = time.perf_counter
 
 # %% ../nbs/02_events.ipynb #1e44b087
+_counting = threading.Lock()
+
+
 class Tally:
     "Counts outcomes per kind, exactly, from any thread."
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._total: dict[tuple[str, str], int] = {}    # All that was counted
         self._taken: dict[tuple[str, str], int] = {}    # What of it was taken
 
-    def add(self, kind: str, outcome: str, count: int = 1) -> None:
-        "Count."
-        pair, total = (kind, outcome), self._total
-        with self._lock:
+    def add(self, kind: str, outcome: str, count: int = 1, also: Tally | None = None) -> None:
+        "Count, here and in another tally."
+        pair, total, other = (kind, outcome), self._total, None if also is None else also._total
+        with _counting:
             total[pair] = total.get(pair, 0) + count
+            if other is not None:
+                other[pair] = other.get(pair, 0) + count
 
     def take(self) -> dict[tuple[str, str], int]:
         "What was counted since the last time, by (kind, outcome)."
-        with self._lock:
+        with _counting:
             fresh = {pair: n - self._taken.get(pair, 0) for pair, n in self._total.items() if n != self._taken.get(pair, 0)}
             self._taken = dict(self._total)
         return fresh
 
     def give(self, fresh: dict[tuple[str, str], int]) -> None:
         "Put back what was taken and could not be delivered."
-        with self._lock:
+        with _counting:
             for pair, count in fresh.items():
                 self._taken[pair] -= count
 
     def named(self) -> dict[str, int]:
         "All that was counted, by `kind:outcome`, as stores keep it."
-        with self._lock:
+        with _counting:
             return {f"{kind}:{outcome}": n for (kind, outcome), n in self._total.items()}
 
     def of(self, kind: str) -> dict[str, int]:
         "All that was counted for a kind, by outcome."
-        with self._lock:
+        with _counting:
             return {str(outcome): n for (k, outcome), n in self._total.items() if k == kind}

@@ -110,7 +110,6 @@ def count(cache: Workings, request: Request, outcomes: Iterable[Outcome]) -> Non
     for outcome in outcomes:
         totals[outcome] = totals.get(outcome, 0) + 1
     for outcome, n in totals.items():
-        request.tally.add(request.kind, outcome, n)
-        cache.counts.add(request.kind, outcome, n)
+        cache.counts.add(request.kind, outcome, n, request.tally)
         if cache.bus:
             cache.bus.tell(Event("reply", request.kind, outcome=outcome, count=n))
