@@ -128,7 +128,9 @@ def give_back(cache: Workings, keys: Sequence[str]) -> Flow[None]:
 # %% ../nbs/50_cache.ipynb #ea672f2c
 def aging(cache: Workings, request: Request, one: Reply) -> bool:
     "Whether an entry is past its ttl, or drew the lot to be refreshed before."
-    return one.outcome is Outcome.STALE or due(cache.clock.now(), one.born + one.ttl, one.cost, request.early, cache.chance())
+    if one.outcome is Outcome.STALE or not request.early:
+        return one.outcome is Outcome.STALE
+    return due(cache.clock.now(), one.born + one.ttl, one.cost, request.early, cache.chance())
 
 
 def refresh(cache: Workings, request: Request, known: Mapping[str, float]) -> Flow[None]:

@@ -5,10 +5,10 @@
 # %% ../../nbs/22_stores.memory.ipynb #b61f590d
 from __future__ import annotations
 
-import heapq
 import os
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 from ..effects import Flow
@@ -141,14 +141,21 @@ class _Entries(_Shelf):
         return sum(map(self.drop, keys))
         yield
 
+    _scanning: tuple[str, list[str]] | None = None  # The keys of the scan that runs, sorted once for all its pages
+
     def scan(self, prefix: str, cursor: str | None = None, limit: int = 1000) -> Flow[Page]:
         "A page of the keys that begin with `prefix`, in their order."
-        with self._lock:
-            nodes = list(self._nodes.values())
-        now, after = self._clock(), cursor or ""
-        ours = (node.key for node in nodes if node.key.startswith(prefix) and node.key > after and now < node.until)
-        keys = heapq.nsmallest(limit, ours)
-        return Page(keys, keys[-1] if len(keys) == limit else None)
+        scanning = self._scanning
+        if cursor is None or scanning is None or scanning[0] != prefix:
+            with self._lock:
+                there = list(self._nodes)
+            self._scanning = scanning = prefix, sorted(key for key in there if key.startswith(prefix))
+        begin = bisect_right(scanning[1], cursor or "")
+        keys, now = scanning[1][begin : begin + limit], self._clock()
+        if begin + limit >= len(scanning[1]):
+            self._scanning = None
+        live = [key for key in keys if (node := self._nodes.get(key)) is not None and now < node.until]
+        return Page(live, keys[-1] if begin + limit < len(scanning[1]) else None)
         yield
 
 # %% ../../nbs/22_stores.memory.ipynb #da1804dd
