@@ -64,6 +64,8 @@ class BadRequest(HTTPException):
 
 async def read_body(request: Request, most: int) -> bytes:
     "The body, if it is not too large. What is too large is read to its end and thrown away, so that the client hears the answer."
+    if request.scope["http_version"][0] == "1" and not {"content-length", "transfer-encoding"} & set(request.headers):
+        return b""  # HTTP/1 says when there is a body (RFC 9112, section 6)
     body, size = bytearray(), 0
     async for chunk in request.stream():
         size += len(chunk)
@@ -140,8 +142,6 @@ def take_flag(given: dict[str, Any], name: str) -> bool:
 # %% ../nbs/72_routes.ipynb #8e091b40
 class Ask(Effect):
     "Await an answer; there is no other way to ask a backend."
-
-    __slots__ = ("answer",)
 
     def __init__(self, answer: Callable[[], Any]) -> None:
         self.answer = answer
@@ -359,8 +359,7 @@ async def ready(request: Request) -> dict[str, Any]:
 @LOOK.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
 async def metrics(request: Request) -> Response:
     "Sums over all workers of this server."
-    house = await open_house(request)
-    return Response(house.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response((await open_house(request)).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 # %% ../nbs/72_routes.ipynb #4876a9d2
 CACHE = APIRouter(prefix="/cache", tags=["cache"])
