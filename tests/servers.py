@@ -1,11 +1,13 @@
 """Throw-away Redis servers on free ports: one, one with its replica and Sentinels, a cluster. Nothing here outlives the tests."""
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,6 +120,53 @@ def standalone(folder: Path, *options: str, **how: Any) -> Iterator[Server]:
     server = Server(folder, *options, **how)
     try: yield server
     finally: server.kill()
+
+
+class Proxy:
+    "A network between a client and a server, that can be slow, or break in the middle of a reply."
+
+    def __init__(self, to: int) -> None:
+        self.to, self.delay, self.cut = to, 0.0, False  # Seconds by which replies are late; whether they end after a byte
+        ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), daemon=True)
+        self._thread.start()
+        assert ready.wait(10)
+
+    async def _serve(self, ready: threading.Event) -> None:
+        self._loop, self._end, self._open = asyncio.get_running_loop(), asyncio.Event(), set[asyncio.StreamWriter]()
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024)
+        self.port = server.sockets[0].getsockname()[1]
+        ready.set()
+        await self._end.wait()
+        server.close()
+        for writer in self._open: writer.transport.abort()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends = {writer}
+        self._open |= ends
+        try:
+            there, here = await asyncio.open_connection("127.0.0.1", self.to)
+            ends.add(here)
+            self._open.add(here)
+            await asyncio.wait([asyncio.create_task(way) for way in (self._carry(reader, here), self._carry(there, writer, True))],
+                               return_when=asyncio.FIRST_COMPLETED)
+        except OSError: pass
+        finally:
+            for end in ends: end.transport.abort()
+            self._open -= ends
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reply: bool = False) -> None:
+        try:
+            while data := await reader.read(65536):
+                if reply and self.delay: await asyncio.sleep(self.delay)
+                writer.write(data[:1] if reply and self.cut else data)
+                await writer.drain()
+                if reply and self.cut: return
+        except OSError: pass
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join(10)
 
 
 class Sentinels:

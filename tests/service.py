@@ -1,7 +1,9 @@
 """The app as a real server: `uvicorn aurea_orchestrator.main:app` in processes of its own, on a free port."""
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -9,9 +11,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import httpx2
 import psutil
@@ -75,6 +78,66 @@ class Service:
     def aclient(self, **more: Any) -> httpx2.AsyncClient:
         limits = httpx2.Limits(max_connections=64, max_keepalive_connections=64)
         return httpx2.AsyncClient(base_url=self.url, timeout=60, trust_env=False, limits=limits, **more)
+
+
+class Call(NamedTuple):
+    "What a customer saw: when it asked, how long it took, where the answer came from, and what was asked."
+
+    at: float
+    seconds: float
+    outcome: str
+    prompt: str
+
+
+class Load:
+    """Customers who ask a service one thing after the other, half of them new, and check every answer.
+
+        async with Load(service, expected) as load: ...    # they ask while this goes on
+        load.calls
+    """
+
+    def __init__(self, service: Service, expected: Callable[[str], str], customers: int = 4, seed: int = 1, pause: float = 0.01) -> None:
+        self.service, self.expected, self.customers, self.pause = service, expected, customers, pause
+        self.calls, self.asked_again, self._chance, self._until, self._new = list[Call](), 0, random.Random(seed), float("inf"), 0
+
+    async def __aenter__(self) -> Self:
+        self._client = self.service.aclient()
+        self._tasks = [asyncio.create_task(self._customer()) for _ in range(self.customers)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._until = 0
+        await asyncio.gather(*self._tasks)  # What one of them did not like is raised here
+        await self._client.aclose()
+
+    def prompt(self) -> str:
+        if self._chance.random() < 0.5: return f"common {self._chance.randrange(30)}"
+        self._new += 1
+        return f"new {self._new}"
+
+    async def _customer(self) -> None:
+        while time.monotonic() < self._until:
+            await self.ask(self.prompt())
+            await asyncio.sleep(self.pause)
+
+    async def ask(self, prompt: str) -> Call:
+        "One answer, which must be right. A connection whose worker was killed under it is no answer: ask again, as customers do."
+        leave = {"connection": "close"} if self._chance.random() < 0.05 else {}  # and come back, maybe to another worker
+        began = time.monotonic()
+        while True:
+            try: reply = await self._client.post("/llm/generate", json={"prompt": prompt}, headers=leave)
+            except httpx2.TransportError:
+                self.asked_again += 1
+                await asyncio.sleep(0.05)
+                continue
+            break
+        assert reply.status_code == 200 and reply.json()["response"] == self.expected(prompt), (reply.status_code, reply.text)
+        self.calls.append(Call(began, time.monotonic() - began, reply.headers["x-cache"], prompt))
+        return self.calls[-1]
+
+    def between(self, start: float, end: float = float("inf")) -> list[Call]:
+        "The calls that began in a time."
+        return [call for call in self.calls if start <= call.at < end]
 
 
 def samples(page: str) -> dict[str, float]:

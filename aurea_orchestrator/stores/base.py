@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..effects import Flow
 
 # %% auto #0
-__all__ = ['Item', 'Page', 'Shelf', 'Ears', 'Store']
+__all__ = ['Item', 'Page', 'Shelf', 'Told', 'Ears', 'Store']
 
 # %% ../../nbs/21_stores.base.ipynb #a25357ad
 class Item(NamedTuple):
@@ -77,6 +77,14 @@ class Shelf(ABC):
         "Give back connections and files. A store that is used again opens again. Never raises."
 
 # %% ../../nbs/21_stores.base.ipynb #6479fd7c
+class Told(NamedTuple):
+    "What was heard of a stream that another process leads."
+
+    run: str              # Which run of it; empty: nobody leads one
+    records: list[bytes]  # From the place on that was asked for
+    led: bool             # Whether that run still has its lease
+
+
 class Ears(ABC):
     "Hears which keys of a shared store are written, removed or expired, and which leases end."
 
@@ -91,7 +99,7 @@ class Ears(ABC):
     def until(self) -> float:
         "The `time.monotonic()` up to which nothing more than a moment old was missed; in the past while they are deaf."
 
-
+# %% ../../nbs/21_stores.base.ipynb #7e0be5de
 class Store(Shelf):
     "Bytes under keys, shared as far as its engine reaches; leases and ears where it has them."
 
@@ -109,6 +117,16 @@ class Store(Shelf):
         "Store the items, then give back the leases of the keys that are still ours. One exchange; who waits is woken."
         if items:
             yield from self.put_many(items)
+
+    def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
+        "Put records of the stream that this run leads on its tape, from a place on; how many are there now, −1: another run leads."
+        return -1
+        yield
+
+    def follow(self, key: str, run: str, place: int) -> Flow[Told]:
+        "What a run (empty: the one that leads) has on its tape from a place on. Leaves a wish to hear more."
+        return Told("", [], False)
+        yield
 
     def ears(self) -> Ears | None:
         "What hears changes of this store; None where nobody else can change it, or nothing can be heard."

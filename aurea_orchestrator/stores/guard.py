@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ..effects import Flow, drive
 from ..errors import StoreError, StoreTimeoutError, StoreUnavailableError
-from .base import Ears, Item, Page, Store
+from .base import Ears, Item, Page, Store, Told
 
 _log = logging.getLogger("aurea_orchestrator")
 _T = TypeVar("_T")
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 __all__ = ['Guarded']
 
 # %% ../../nbs/27_stores.guard.ipynb #774876dd
-_WRITES = frozenset({"put_many", "delete", "bump", "acquire", "renew", "settle"})
+_WRITES = frozenset({"put_many", "delete", "bump", "acquire", "renew", "settle", "relay", "follow"})
 _PROBE = "aurea:probe"  # A key that nobody stores; removing it shows whether writing works
 
 
@@ -126,6 +126,12 @@ class _Agreeing(_Entries):
 
     def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
         return self._guard("settle", lambda: self.inner.settle(items, keys, token))
+
+    def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
+        return self._guard("relay", lambda: self.inner.relay(key, run, place, records, ttl))
+
+    def follow(self, key: str, run: str, place: int) -> Flow[Told]:
+        return self._guard("follow", lambda: self.inner.follow(key, run, place))
 
     def ears(self) -> Ears | None:
         return self.inner.ears()

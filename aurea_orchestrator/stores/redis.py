@@ -10,8 +10,7 @@ import re
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from hashlib import sha1
-from typing import Any, TypeAlias
+from typing import Any
 
 import redis
 import redis.asyncio
@@ -22,18 +21,17 @@ from ..effects import Flow
 from ..errors import ConfigError, StoreError
 from ..gather import Gather
 from ..sides import Once, Sides, Turns
-from .base import Ears, Item, Page, Store
+from .base import Ears, Item, Page, Store, Told
 from .link import Client, Maker, Node, fault, open_client, primaries
-from .tracking import Tracking, freed, lease
+from .scripts import ACQUIRE, FOLLOW, KEEP, RELAY, RELEASE
+from .scripts import Command, filled, lease, script, told, unknown
+from .tracking import Tracking
 
 # %% auto #0
 __all__ = ['RedisStore']
 
 # %% ../../nbs/24_stores.redis.ipynb #653f1b34
-_Command: TypeAlias = tuple[Any, ...]
-
-
-def _say(client: Client, commands: Sequence[_Command], node: Any, until: float) -> Any:
+def _say(client: Client, commands: Sequence[Command], node: Any, until: float) -> Any:
     "What the client answers; from an awaiting client, the awaitable of it."
     if len(commands) == 1:
         return client.execute_command(*commands[0], **({"target_nodes": node} if node else {}))
@@ -54,7 +52,7 @@ def _say(client: Client, commands: Sequence[_Command], node: Any, until: float) 
 _BRIEF = ("GET", "MGET", "EVALSHA")
 
 
-def _ask(pool: Any, command: _Command) -> Any:
+def _ask(pool: Any, command: Command) -> Any:
     "The reply to one command, without ceremony."
     link = pool.get_connection()
     try:
@@ -64,7 +62,7 @@ def _ask(pool: Any, command: _Command) -> Any:
         pool.release(link)
 
 
-async def _aask(pool: Any, command: _Command) -> Any:
+async def _aask(pool: Any, command: Command) -> Any:
     "The same, awaited."
     link = await pool.get_connection()
     try:
@@ -94,7 +92,7 @@ class _Side:
             raise self.fault(bad)
         return replies
 
-    def asking(self, keys: Sequence[str]) -> list[_Command]:
+    def asking(self, keys: Sequence[str]) -> list[Command]:
         return [("GET", key) for key in keys] if len(keys) == 1 or self.at.kind == "cluster" else [("MGET", *keys)]
 
     def values(self, keys: Sequence[str], replies: list[Any]) -> list[bytes | None]:
@@ -103,36 +101,12 @@ class _Side:
         return found if len(keys) == 1 or self.at.kind == "cluster" else list(found[0])
 
 # %% ../../nbs/24_stores.redis.ipynb #ba772e68
-def _listed(reply: Any, commands: Sequence[_Command]) -> list[Any]:
+def _listed(reply: Any, commands: Sequence[Command]) -> list[Any]:
     "A reply for each command. What is no reply, as it comes from one of the servers of a cluster, is raised."
     replies = list(reply) if len(commands) > 1 else [reply]
     if none := next((each for each in replies if isinstance(each, Exception) and not isinstance(each, redis.ResponseError)), None):
         raise none
     return replies
-
-# %% ../../nbs/24_stores.redis.ipynb #b5f459fe
-_ACQUIRE = """local blob = redis.pcall('GET', KEYS[1])
-if type(blob) == 'table' then blob = false end
-if blob and ARGV[3] == '0' then return {blob, 0} end
-if redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) or redis.pcall('GET', KEYS[2]) == ARGV[1] then return {blob, 1} end
-return {blob, 0, redis.call('PTTL', KEYS[2])}"""
-_KEEP = "if redis.pcall('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
-_RELEASE = """if redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('RENAME', KEYS[1], KEYS[2])
-return redis.call('DEL', KEYS[2])"""
-_TEXTS = {sha1(text.encode(), usedforsecurity=False).hexdigest(): text for text in (_ACQUIRE, _KEEP, _RELEASE)}
-_DIGESTS = {text: digest for digest, text in _TEXTS.items()}
-
-
-def _unknown(commands: Sequence[_Command], replies: Sequence[Any]) -> list[_Command]:
-    "Calls of scripts that the server does not know, with their texts."
-    return [("EVAL", _TEXTS[call[1]], *call[2:]) for call, reply in zip(commands, replies, strict=True) if isinstance(reply, NoScriptError)]
-
-
-def _filled(replies: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    "The replies, with others for those that were refused."
-    rest = iter(others)
-    return [next(rest) if isinstance(reply, NoScriptError) else reply for reply in replies]
 
 # %% ../../nbs/24_stores.redis.ipynb #741401d1
 class _BlockingWire(_Side):
@@ -142,7 +116,7 @@ class _BlockingWire(_Side):
         super().__init__(at, timeout, limit, own)
         self.opened, self.turns = Once(lambda: self.open(redis), timeout / 2), Turns(limit, timeout / 2)
 
-    def tell(self, commands: Sequence[_Command], again: bool = True, node: Any = None) -> list[Any]:
+    def tell(self, commands: Sequence[Command], again: bool = True, node: Any = None) -> list[Any]:
         "The replies to the commands, refusals included."
         start = time.monotonic()
         try:
@@ -170,12 +144,13 @@ class _BlockingWire(_Side):
 class _Threads(_BlockingWire):
     "The blocking side, one for each process."
 
-    def say(self, commands: Sequence[_Command], again: bool = True, node: Any = None) -> list[Any]:
+    def say(self, commands: Sequence[Command], again: bool = True, node: Any = None) -> list[Any]:
         return self.good(self.tell(commands, again, node))
 
-    def run(self, commands: Sequence[_Command]) -> list[Any]:
+    def run(self, commands: Sequence[Command]) -> list[Any]:
         replies = self.tell(commands)
-        return self.good(_filled(replies, self.tell(texts)) if (texts := _unknown(commands, replies)) else replies)
+        texts = unknown(commands, replies, NoScriptError)
+        return self.good(filled(replies, self.tell(texts), NoScriptError) if texts else replies)
 
     def look(self, keys: Sequence[str]) -> list[bytes | None]:
         return self.values(keys, self.tell(self.asking(keys)))
@@ -200,7 +175,7 @@ class _AwaitingWire(_Side):
         self.client, self.closers = self.open(redis.asyncio)
         self.slots = asyncio.Semaphore(limit)
 
-    async def tell(self, commands: Sequence[_Command], again: bool = True, node: Any = None) -> list[Any]:
+    async def tell(self, commands: Sequence[Command], again: bool = True, node: Any = None) -> list[Any]:
         "The replies to the commands, refusals included."
         try:
             async with asyncio.timeout(self.timeout), self.slots:
@@ -230,12 +205,13 @@ class _Seat(_AwaitingWire):
         super().__init__(at, timeout, limit, own)
         self.reads, self.writes = Gather(self.read), Gather(self.tell)
 
-    async def say(self, commands: Sequence[_Command], again: bool = True, node: Any = None) -> list[Any]:
+    async def say(self, commands: Sequence[Command], again: bool = True, node: Any = None) -> list[Any]:
         return self.good(await (self.writes.ask(commands) if again and node is None else self.tell(commands, again, node)))
 
-    async def run(self, commands: Sequence[_Command]) -> list[Any]:
+    async def run(self, commands: Sequence[Command]) -> list[Any]:
         replies = await self.writes.ask(commands)
-        return self.good(_filled(replies, await self.writes.ask(texts)) if (texts := _unknown(commands, replies)) else replies)
+        texts = unknown(commands, replies, NoScriptError)
+        return self.good(filled(replies, await self.writes.ask(texts), NoScriptError) if texts else replies)
 
     def look(self, keys: Sequence[str]) -> Coroutine[Any, Any, list[bytes | None]]:
         return self.reads.ask(keys)
@@ -296,7 +272,7 @@ class _Entries(Store):
     def __repr__(self) -> str:
         return f"RedisStore({self.url!r})"
 
-    def _sets(self, items: Sequence[Item]) -> list[_Command]:
+    def _sets(self, items: Sequence[Item]) -> list[Command]:
         if self._ears:
             self._ears.watch([item.key for item in items])
         return [("SET", key, blob, "PX", _ms(ttl)) for key, blob, ttl in items]
@@ -331,7 +307,7 @@ class _Leases(_Verbs):
             self._ears.watch(keys)
         found = list[tuple[bytes | None, bool]]()
         for at in range(0, len(keys), _AT_ONCE):
-            calls = [("EVALSHA", _DIGESTS[_ACQUIRE], 2, key, lease(key), token, _ms(ttl), int(force)) for key in keys[at:at + _AT_ONCE]]
+            calls = [script(ACQUIRE, [key, lease(key)], token, _ms(ttl), int(force)) for key in keys[at:at + _AT_ONCE]]
             for key, (blob, granted, *left) in zip(keys[at:], (yield self._sides.both("run", calls)), strict=False):
                 found.append((blob, granted == 1))
                 if left and self._ears:
@@ -340,11 +316,24 @@ class _Leases(_Verbs):
 
     def renew(self, keys: Sequence[str], token: str, ttl: float) -> Flow[None]:
         if keys:
-            yield self._sides.both("run", [("EVALSHA", _DIGESTS[_KEEP], 1, lease(key), token, _ms(ttl)) for key in keys])
+            yield self._sides.both("run", [script(KEEP, [lease(key)], token, _ms(ttl)) for key in keys])
 
     def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
-        if commands := self._sets(items) + [("EVALSHA", _DIGESTS[_RELEASE], 2, lease(key), freed(key), token) for key in keys]:
+        if commands := self._sets(items) + [script(RELEASE, [lease(key), told(key)], token) for key in keys]:
             yield self._sides.both("run", commands)
+
+    def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
+        [have] = yield self._sides.both("run", [script(RELAY, [lease(key), told(key, ":tape")], run, place, _ms(ttl), *records)])
+        return int(have)
+
+    def follow(self, key: str, run: str, place: int) -> Flow[Told]:
+        if self._ears:
+            self._ears.watch([key])
+        beside = [lease(key), told(key, ":tape"), told(key, ":wish")]
+        [(led, records, left)] = yield self._sides.both("run", [script(FOLLOW, beside, run, place)])
+        if left > 0 and self._ears:
+            self._ears.expect(key, left / 1000)
+        return Told((led or b"").decode(), records, left > 0)
 
     def ears(self) -> Ears | None:
         return self._ears

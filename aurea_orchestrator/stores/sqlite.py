@@ -17,43 +17,12 @@ from typing import Any
 from ..effects import Block, Flow, Inline
 from ..errors import ConfigError, StoreUnavailableError
 from ..news import News, tell
-from .base import Ears, Item, Page, Store
+from .base import Ears, Item, Page, Store, Told
 from .file import Access, Tables
+from .schema import APPLICATION_ID, FRESH, STEPS
 
 # %% auto #0
-__all__ = ['APPLICATION_ID', 'OVERHEAD_BYTES', 'SPARE', 'LEFT', 'SqliteStore']
-
-# %% ../../nbs/23_stores.sqlite.ipynb #47afe4bd
-APPLICATION_ID = 0x41757265  # "Aure"
-_FRESH = ("PRAGMA page_size=8192", "PRAGMA auto_vacuum=INCREMENTAL")
-
-_STEPS = (
-    (
-        """CREATE TABLE entries(id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, expires REAL NOT NULL,
-                                size INTEGER NOT NULL, asked INTEGER NOT NULL DEFAULT 0, blob BLOB NOT NULL)""",
-        "CREATE INDEX entries_by_expiry ON entries(expires)",
-        "CREATE TABLE shelf(entries INTEGER NOT NULL, bytes INTEGER NOT NULL, hand INTEGER NOT NULL)",
-        "INSERT INTO shelf VALUES (0, 0, 0)",
-        "CREATE TABLE counts(name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID",
-        """CREATE TRIGGER entry_added AFTER INSERT ON entries BEGIN
-           UPDATE shelf SET entries = entries + 1, bytes = bytes + NEW.size; END""",
-        """CREATE TRIGGER entry_replaced AFTER UPDATE OF size ON entries BEGIN
-           UPDATE shelf SET bytes = bytes + NEW.size - OLD.size; END""",
-        """CREATE TRIGGER entry_removed AFTER DELETE ON entries BEGIN
-           UPDATE shelf SET entries = entries - 1, bytes = bytes - OLD.size; END""",
-    ),
-    (
-        "CREATE TABLE leases(key TEXT PRIMARY KEY, token TEXT NOT NULL, expires REAL NOT NULL) WITHOUT ROWID",
-        "CREATE INDEX leases_by_expiry ON leases(expires)",
-        "ALTER TABLE shelf ADD COLUMN changes INTEGER NOT NULL DEFAULT 0",
-        "DROP TRIGGER entry_replaced",
-        "DROP TRIGGER entry_removed",
-        """CREATE TRIGGER entry_replaced AFTER UPDATE OF size ON entries BEGIN
-           UPDATE shelf SET bytes = bytes + NEW.size - OLD.size, changes = changes + 1; END""",
-        """CREATE TRIGGER entry_removed AFTER DELETE ON entries BEGIN
-           UPDATE shelf SET entries = entries - 1, bytes = bytes - OLD.size, changes = changes + 1; END""",
-    ),
-)
+__all__ = ['OVERHEAD_BYTES', 'SPARE', 'LEFT', 'SqliteStore']
 
 # %% ../../nbs/23_stores.sqlite.ipynb #34ea1e6a
 OVERHEAD_BYTES = 64  # What an entry takes beyond its blob and twice its key: columns, indexes, cells
@@ -109,7 +78,7 @@ class _Served(Access):
     "Lookups, and what writes have to know of them."
 
     def __init__(self, path: Path, max_bytes: int, timeout: float, clock: Callable[[], float]) -> None:
-        super().__init__(path, timeout, clock, lambda: Tables(APPLICATION_ID, _STEPS, _FRESH))
+        super().__init__(path, timeout, clock, lambda: Tables(APPLICATION_ID, STEPS, FRESH))
         self.folder, self.max_bytes, self.served = f"{path}.ears", max_bytes, set[str]()
 
     def find(self, keys: Sequence[str]) -> list[bytes | None]:
@@ -138,6 +107,7 @@ class _Writes(_Served):
         if swept := db.execute(_SWEEP, (now,)).rowcount:
             db.execute("UPDATE shelf SET changes = changes - ?", (swept,))
         db.execute("DELETE FROM leases WHERE expires <= ?", (now - LEFT,))
+        db.execute("DELETE FROM tapes WHERE expires <= ?", (now,))
 
     @contextmanager
     def changing(self, keys: Sequence[str]) -> Iterator[sqlite3.Connection]:
@@ -216,6 +186,44 @@ class _Leased(_Shelf):
             now, listed = self.clock(), json.dumps(list(keys))
             db.execute(f"UPDATE leases SET expires = ? WHERE token = ? AND expires > ? AND {_AMONG}", (now + ttl, token, now, listed))
 
+# %% ../../nbs/23_stores.sqlite.ipynb #93d19168
+_LED = "SELECT token, expires FROM leases WHERE key = ? AND expires > ?"
+_TAPE = "SELECT place, record FROM tapes WHERE key = ? AND run = ? AND place >= ? AND expires > ? ORDER BY place"
+
+
+class _Taped(_Leased):
+    "The transactions on tapes."
+
+    def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> int:
+        "Put records on the tape of a run; how many are there then, -1 if it is not the run that leads."
+        now = self.clock()
+        with self.changing([key]) as db:
+            (have,) = db.execute("SELECT count(*) FROM tapes WHERE key = ? AND run = ? AND place >= 0", (key, run)).fetchone()
+            led = db.execute(_LED, (key, now)).fetchone()
+            if not have and (place or led is None or led[0] != run):
+                return -1
+            if not have:
+                db.execute("DELETE FROM tapes WHERE key = ?", (key,))
+            if have >= place:
+                rows = [(key, run, at, record, now + ttl) for at, record in enumerate(records, place) if at >= have]
+                db.executemany("INSERT INTO tapes VALUES (?, ?, ?, ?, ?)", rows)
+                have += len(rows)
+            db.execute("UPDATE tapes SET expires = ? WHERE key = ? AND run = ?", (now + ttl, key, run))
+            db.execute("UPDATE shelf SET changes = changes + 1")
+        return int(have)
+
+    def follow(self, key: str, run: str, place: int) -> Told:
+        "The records of a run from a place on; a wish for more, where there are none at all."
+        now = self.clock()
+        led = next(iter(self.read(_LED, (key, now))), ("", now))
+        run = run or led[0]
+        told = [record for _, record in self.read(_TAPE, (key, run, place, now))]
+        if led[0] == run and not told and not self.read(_TAPE, (key, run, 0, now)) and not self.read(_TAPE, (key, run, -1, now)):
+            with self.changing([key]) as db:
+                db.execute("INSERT OR IGNORE INTO tapes VALUES (?, ?, -1, x'', ?)", (key, run, led[1]))
+                db.execute("UPDATE shelf SET changes = changes + 1")
+        return Told(run, told, bool(run) and led[0] == run)
+
 # %% ../../nbs/23_stores.sqlite.ipynb #1c84011c
 class _Ears(News, Ears):
     "Hears what any process of this machine changes in the file."
@@ -252,7 +260,7 @@ class _Entries(Store):
             raise ConfigError("SqliteStore(':memory:'): a store is shared by its file; for one in memory use MemoryStore or memory://")
         self.path = Path(path).expanduser().absolute()
         self.url, self.max_bytes = f"sqlite:///{self.path}", max_bytes
-        self._shelf = _Leased(self.path, max_bytes, timeout, clock)
+        self._shelf = _Taped(self.path, max_bytes, timeout, clock)
         self._ears = _Ears(self._shelf)
 
     def get_many(self, keys: Sequence[str]) -> Flow[list[bytes | None]]:
@@ -298,6 +306,16 @@ class _Agreeing(_Entries):
         "Store the items and give back the leases, in one transaction."
         if items or keys:
             yield Block(lambda: self._shelf.put(items, keys, token))
+
+    def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
+        "Put records on the tape of a stream."
+        have: int = yield Block(lambda: self._shelf.relay(key, run, place, records, ttl))
+        return have
+
+    def follow(self, key: str, run: str, place: int) -> Flow[Told]:
+        "What is on the tape of a stream from a place on."
+        told: Told = yield Block(lambda: self._shelf.follow(key, run, place))
+        return told
 
     def ears(self) -> Ears:
         "Ears for the changes of all processes, this one included; the same each time."

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from ..effects import Flow
 from ..errors import StoreError
-from .base import Ears, Item, Page, Store
+from .base import Ears, Item, Page, Store, Told
 from .memory import MemoryStore
 
 _T = TypeVar("_T")
@@ -198,6 +198,12 @@ class _Others(_Changes):
 
     def renew(self, keys: Sequence[str], token: str, ttl: float) -> Flow[None]:
         return self.shared.renew(keys, token, ttl)
+
+    def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
+        return self.shared.relay(key, run, place, records, ttl)
+
+    def follow(self, key: str, run: str, place: int) -> Flow[Told]:
+        return self.shared.follow(key, run, place)
 
     def ears(self) -> Ears | None:
         return self.shared.ears()

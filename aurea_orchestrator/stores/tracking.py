@@ -20,33 +20,12 @@ from ..address import Address
 from ..effects import Both
 from ..errors import StoreError, StoreUnavailableError
 from .link import dial, fault
+from .scripts import TOLD, meant
 
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['lease', 'freed', 'Tracking']
-
-# %% ../../nbs/17_stores.tracking.ipynb #79881856
-_FREED = "aurea:freed:"
-
-
-def lease(
-    key: str,  # Of an entry
-) -> str:
-    "The key of its lease."
-    return f"aurea:lease:{{{key}}}"
-
-
-def freed(
-    key: str,  # Of an entry
-) -> str:
-    "The key that is touched when its lease is given back."
-    return f"{_FREED}{{{key}}}"
-
-
-def _entry(key: str) -> str:
-    "The key of the entry that is meant."
-    return key[len(_FREED) + 1:-1] if key.startswith(_FREED) else key
+__all__ = ['Tracking']
 
 # %% ../../nbs/17_stores.tracking.ipynb #4cb3ae08
 _PROOF = 0.25   # Seconds between two questions
@@ -109,7 +88,7 @@ class _Talk(_Line):
             reply = self.link.read_response(push_request=True)
             if isinstance(reply, list) and reply and isinstance(reply[0], bytes):
                 any_key |= reply[0] == b"invalidate" and reply[1] is None
-                keys += [_entry(key.decode(errors="replace")) for key in (reply[1] or () if reply[0] == b"invalidate" else ())]
+                keys += [meant(key.decode(errors="replace")) for key in (reply[1] or () if reply[0] == b"invalidate" else ())]
             elif reply is not None:
                 any_key |= self._answered(reply)
         return keys, any_key
@@ -134,7 +113,7 @@ class _Hearing:
 
     def __init__(self, at: Address) -> None:
         self.at, self._refused, self._listeners = at, False, dict[object, _Heard]()
-        self._kinds, self._expected = frozenset({"llm:", "embedding:", _FREED}), dict[str, float]()
+        self._kinds, self._expected = frozenset({"llm:", "embedding:", TOLD}), dict[str, float]()
         self._fresh()
 
     def _fresh(self) -> None:
