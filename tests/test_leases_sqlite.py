@@ -222,7 +222,7 @@ for n in range(100):
 class TestFile:
     def test_a_file_of_the_first_version_grows(self, path: Path, store: SqliteStore) -> None:
         db = sqlite3.connect(path, isolation_level=None)
-        grow(db, path, sqlite.APPLICATION_ID, sqlite._STEPS[:1], sqlite._FRESH)
+        grow(db, path, sqlite.APPLICATION_ID, sqlite.STEPS[:1], sqlite.FRESH)
         db.execute("INSERT INTO entries(key, expires, size, blob) VALUES (?, 3e9, ?, 'x')", (key(1), 1 + 2 * len(key(1)) + sqlite.OVERHEAD_BYTES))
         db.execute("UPDATE entries SET blob = CAST(blob AS BLOB)")
         db.close()
