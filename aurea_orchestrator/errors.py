@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['AureaError', 'ConfigError', 'UnkeyableError', 'BatchError', 'CodecError', 'UnstorableError', 'DamagedEntryError',
-           'StoreError', 'StoreUnavailableError', 'StoreTimeoutError', 'BackendError', 'BackendUnavailableError',
-           'BackendTimeoutError', 'BackendAnswerError', 'BackendRefusedError']
+__all__ = ['AureaError', 'ConfigError', 'UnkeyableError', 'BatchError', 'StreamLostError', 'CodecError', 'UnstorableError',
+           'DamagedEntryError', 'StoreError', 'StoreUnavailableError', 'StoreTimeoutError', 'BackendError',
+           'BackendUnavailableError', 'BackendTimeoutError', 'BackendAnswerError', 'BackendRefusedError']
 
 # %% ../nbs/00_errors.ipynb #9ab319ca
 class AureaError(Exception):
@@ -27,6 +27,10 @@ class BatchError(AureaError, ValueError):
     "An embedding function returned another number of vectors than it was given texts; nothing was stored."
 
 # %% ../nbs/00_errors.ipynb #c011600e
+class StreamLostError(AureaError):
+    "A stream that this call had joined, in another process, broke off; what was said before was passed on."
+
+
 class CodecError(AureaError, ValueError):
     "Value and bytes do not translate."
 

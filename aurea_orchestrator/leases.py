@@ -24,7 +24,7 @@ UNHEARD = 0.1   # Seconds between two questions of one who waits and cannot hear
 AT_LAST = 60.0  # Seconds after which even one who hears asks again
 
 # %% auto #0
-__all__ = ['TTL', 'UNHEARD', 'AT_LAST', 'Woken', 'Leases']
+__all__ = ['TTL', 'UNHEARD', 'AT_LAST', 'wake', 'Woken', 'Leases']
 
 # %% ../nbs/31_leases.ipynb #b9c846d5
 class _Held:
@@ -32,28 +32,29 @@ class _Held:
 
     def __init__(self, store: Store, ttl: float = TTL) -> None:
         self.store, self.ttl = store, ttl
-        self.token = secrets.token_hex(8)
-        self.held: set[str] = set()
+        self.token, self.held = secrets.token_hex(8), dict[str, str]()  # What we hold, with which token
         self._lock, self._renewing = threading.Lock(), False
 
-    def acquire(self, keys: Sequence[str], force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:
+    def acquire(self, keys: Sequence[str], force: bool = False, token: str = "") -> Flow[list[tuple[bytes | None, bool]]]:
         "For each key its bytes, and whether it is ours to compute. Raises `StoreError`."
-        answers = yield from self.store.acquire(keys, self.token, self.ttl, force)
+        answers = yield from self.store.acquire(keys, token or self.token, self.ttl, force)
         with self._lock:
             mine = [granted or (blob is None and key in self.held) for key, (blob, granted) in zip(keys, answers)]
-            self.held.update(key for key, (_, granted) in zip(keys, answers) if granted)
+            self.held.update((key, token or self.token) for key, (_, granted) in zip(keys, answers) if granted)
             begin, self._renewing = bool(self.held) and not self._renewing, self._renewing or bool(self.held)
         if begin:
             threading.Thread(target=self._renew, name="aurea-leases", daemon=True).start()
         return [(blob, ours) for (blob, _), ours in zip(answers, mine)]
 
-    def settle(self, items: Sequence[Item], keys: Iterable[str]) -> Flow[None]:
-        "Store the items, and give back those of the keys that we hold. Raises `StoreError`."
+    def settle(self, items: Sequence[Item], keys: Iterable[str], token: str = "") -> Flow[None]:
+        "Store the items, and give back those of the keys that we hold by this token. Raises `StoreError`."
+        token = token or self.token
         with self._lock:
-            ours = [key for key in keys if key in self.held]
-            self.held.difference_update(ours)
+            ours = [key for key in keys if self.held.get(key) == token]
+            for key in ours:
+                del self.held[key]
         if ours:
-            yield from self.store.settle(items, ours, self.token)
+            yield from self.store.settle(items, ours, token)
         elif items:
             yield from self.store.put_many(items)
 
@@ -62,16 +63,23 @@ class _Held:
         while True:
             time.sleep(self.ttl / 4)
             with self._lock:
-                now = list(self.held)
+                now = dict(self.held)
                 idle = 0 if now else idle + 1
                 if idle > 8:
                     self._renewing = False
                     return
             with suppress(StoreError):
-                if now:
-                    drive(self.store.renew(now, self.token, self.ttl))
+                for token in dict.fromkeys(now.values()):
+                    drive(self.store.renew([key for key in now if now[key] == token], token, self.ttl))
 
 # %% ../nbs/31_leases.ipynb #22195af4
+def wake(future: Future[None]) -> Future[None]:
+    "Let whoever waits for it go on; the future, done."
+    with suppress(InvalidStateError):  # It was woken by another key before
+        future.set_result(None)
+    return future
+
+
 class Woken(Effect):
     "Wait until something is heard of a key, or for so many seconds."
 
@@ -112,8 +120,11 @@ class Leases(_Held):
 
     def wait(self, future: Future[None]) -> Woken:
         "Wait for what is expected; where nothing can be heard, for a moment."
-        hearing = self._ears is not None and time.monotonic() <= self._ears.until()
-        return Woken(future, AT_LAST if hearing else UNHEARD)
+        return Woken(future, AT_LAST if self.hearing() else UNHEARD)
+
+    def hearing(self) -> bool:
+        "Whether what is expected will be heard."
+        return self._ears is not None and time.monotonic() <= self._ears.until()
 
     def forget(self, keys: Sequence[str], future: Future[None]) -> None:
         "No longer wait."
@@ -128,5 +139,4 @@ class Leases(_Held):
         with self._lock:
             woken = [future for key in (list(self._waiting) if keys is None else keys) for future in self._waiting.get(key, ())]
         for future in woken:
-            with suppress(InvalidStateError):  # It was woken by another key before
-                future.set_result(None)
+            wake(future)

@@ -5,21 +5,28 @@
 # %% ../nbs/49_replay.ipynb #50b56627
 from __future__ import annotations
 
-from collections.abc import Callable
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from . import codec
 from .admission import anything
-from .effects import Flow
-from .errors import UnstorableError
+from .effects import Flow, adrive, drive
+from .errors import CodecError, StoreError, StreamLostError, UnstorableError
 from .events import Outcome
+from .flight import Stopped
+from .leases import wake
 from .request import Reply, Request, Workings, count, tell
-from .steps import lookup, store, warn_once, worth
-from .streams import Source, Tape
+from .steps import lookup, store, usable, warn_once, worth
+from .streams import END, Again, Apart, Pull, Source, Tape
 
 # %% auto #0
-__all__ = ['Loose', 'freeze', 'thaw', 'play', 'recorded', 'recording']
+__all__ = ['KEPT', 'Loose', 'freeze', 'thaw', 'play', 'recorded', 'refresh', 'Recording', 'Said', 'Followed']
 
 # %% ../nbs/49_replay.ipynb #b8cd4549
 class Loose(NamedTuple):
@@ -43,19 +50,22 @@ def thaw(frozen: bytes | Loose) -> Any:
 
 # %% ../nbs/49_replay.ipynb #edbdcbcd
 def play(cache: Workings, request: Request, begin: Callable[[], Source]) -> Flow[Tape]:
-    "request → key → lookup → lease; then reading the tape computes, stores and replies."
+    "request → key → lookup; reading the tape then leases, computes, stores and replies."
     (key,) = request.keys
     fresh = request.bypass or not cache.enabled
     found = {} if fresh else (yield from lookup(cache, request, [key]))
     if key in found:
-        tape, outcome = recorded(found[key]), Outcome.HIT
-    elif fresh:
-        tape, outcome = recording(cache, request, begin), Outcome.BYPASS
+        if found[key].outcome is Outcome.STALE:
+            yield from refresh(cache, request, begin)
+        count(cache, request, [found[key].outcome])
+        return recorded(found[key])
+    if fresh:
+        tape = Recording(cache, request, begin).tape
         tape.readers = 1
-    else:
-        tape, led = cache.streams.board(key, lambda: recording(cache, request, begin))
-        outcome = Outcome.MISS if led else Outcome.SHARED
-    count(cache, request, [outcome])
+        return tape
+    tape, led = cache.streams.board(key, lambda: Recording(cache, request, begin).tape)
+    if not led:
+        count(cache, request, [Outcome.SHARED])
     return tape
 
 
@@ -67,16 +77,259 @@ def recorded(reply: Reply) -> Tape:
     return tape
 
 
-def recording(cache: Workings, request: Request, begin: Callable[[], Source]) -> Tape:
-    "The tape of a stream that is yet to run; it is stored when it ended cleanly."
-    def finish(tape: Tape) -> Flow[None]:
-        returned = freeze(tape.returned)
+def refresh(cache: Workings, request: Request, begin: Callable[[], Source]) -> Flow[None]:
+    "Compute a stream again, beside, unless somebody does."
+    (key,) = request.keys
+    recording = Recording(cache, request, begin, quiet=True)
+    tape, led = cache.streams.board(key, lambda: recording.tape)
+    if led:
+        yield Apart(wake(Future()), recording.read_out)
+    else:
+        yield from cache.streams.leave(key, tape)
+
+# %% ../nbs/49_replay.ipynb #178c2b43
+class _Opening:
+    "A stream that is yet to be had."
+
+    def __init__(self, cache: Workings, request: Request, begin: Callable[[], Source], quiet: bool = False) -> None:
+        self.cache, self.request, self.begin, self.quiet = cache, request, begin, quiet
+        (self.key,) = request.keys
+        self.run, self.place = "", 0           # The name of our run, and how many of its records others can read
+        self.computing, self.alone = False, request.bypass or not cache.enabled
+        self.replied, self.beside, self.wished, self.ended = False, False, False, False
+        self.began, self.heard = cache.clock.tick(), Future[None]()
+        self.tape = Tape(self.open, self.finish, freeze=freeze, thaw=thaw)
+
+    def open(self) -> Flow[Source]:
+        raise NotImplementedError
+
+    def finish(self, tape: Tape, error: BaseException | None) -> Flow[None]:
+        raise NotImplementedError
+
+    def tell_others(self) -> Flow[None]:
+        raise NotImplementedError
+
+    def compute(self) -> Source:
+        "What the user's function says."
+        self.computing, self.began = True, self.cache.clock.tick()
+        self.reply(Outcome.BYPASS if self.request.bypass or not self.cache.enabled else Outcome.MISS)
+        return self.begin()
+
+    def stored(self, reply: Reply) -> Source:
+        "What another process has stored meanwhile."
+        pieces, returned = reply.value
+        self.reply(Outcome.HIT)
+        return Said([thaw(piece) for piece in pieces], thaw(returned))
+
+    def reply(self, outcome: Outcome) -> None:
+        "Count how the call that opened this ended; once."
+        if not self.replied and not self.quiet:
+            count(self.cache, self.request, [outcome])
+        self.replied = True
+
+# %% ../nbs/49_replay.ipynb #b9f2a8f4
+class _Opened(_Opening):
+    "One that is had."
+
+    def open(self) -> Flow[Source]:
+        "What is stored, what we compute, or what another process says."
+        run, leases = secrets.token_hex(8), self.cache.leases
+        if self.alone:
+            return self.compute()
+        self.heard = leases.expect([self.key])
+        try:
+            [(blob, ours)] = yield from leases.acquire([self.key], token=run)
+            reply = usable(self.cache, self.request, self.key, blob)
+            if reply is not None and reply.outcome is Outcome.HIT:
+                return self.stored(reply)
+            if blob is not None:
+                [(_, ours)] = yield from leases.acquire([self.key], True, run)
+        except StoreError as error:
+            tell(self.cache, "lease", self.request.kind, self.began, error)
+            return self.compute()
+        tell(self.cache, "lease", self.request.kind, self.began)
+        if not ours:
+            return Followed(self)
+        self.run = run
+        if self.cache.store.ears() is not None:
+            yield Apart(self.heard if leases.hearing() else wake(Future()), self.tell_others)
+        return self.compute()
+
+# %% ../nbs/49_replay.ipynb #16e80201
+KEPT = 300.0  # Seconds that a tape is kept after its last record, for those who read slowly
+
+
+def _record(mark: bytes, frozen: bytes | Loose) -> bytes:
+    return b"?" if isinstance(frozen, Loose) else mark + frozen
+
+
+class _Leading(_Opened):
+    "One that others may follow."
+
+    def tell_others(self) -> Flow[None]:
+        "Once somebody wishes to follow, become a reader too."
+        self.beside = True
+        while not (self.ended or self.wished):
+            self.heard = self.cache.leases.expect([self.key])
+            with suppress(StoreError):
+                self.wished = (yield from self.cache.store.relay(self.key, self.run, 0, [], KEPT)) >= 0
+            if not (self.ended or self.wished):
+                yield self.cache.leases.wait(self.heard)
+            self.cache.leases.forget([self.key], self.heard)
+        if not self.ended and self.cache.streams.stay(self.key, self.tape):
+            yield from self.read_out()
+
+    def read_out(self) -> Flow[None]:
+        "Read to the end."
+        try:
+            while not self.tape.over:
+                if self.wished and not self.ended:
+                    with suppress(StoreError):
+                        yield from self.relay()
+                yield Pull(self.tape, len(self.tape.items))
+        finally:
+            yield from self.cache.streams.leave(self.key, self.tape)
+
+    def relay(self, *last: bytes) -> Flow[None]:
+        "Put on the tape in the store what is not there yet."
+        while records := [_record(b"+", piece) for piece in self.tape.items[self.place:]] + list(last):
+            place, self.place = self.place, (yield from self.cache.store.relay(self.key, self.run, self.place, records, KEPT))
+            if self.place >= place + len(records):
+                return
+            if self.place < 0:
+                self.place = 0
+                if not place:  # The lease is no longer ours
+                    return
+
+# %% ../nbs/49_replay.ipynb #7d731932
+class Recording(_Leading):
+    "A stream that somebody reads; it is stored when it ended cleanly."
+
+    def finish(self, tape: Tape, error: BaseException | None) -> Flow[None]:
+        "The stream is over: tell it, store it, give back its lease."
+        self.ended = True
+        self.cache.leases.forget([self.key], self.heard)
+        if self.beside:
+            wake(self.heard)
+        try:
+            if self.wished:
+                last = _record(b".", freeze(tape.returned)) if error is None else b"!" + type(error).__name__.encode()
+                with suppress(StoreError):
+                    yield from self.relay(last)
+            if self.computing:
+                tell(self.cache, "compute", self.request.kind, self.began, error)
+                if error is None:
+                    yield from self.keep(tape)
+                elif not isinstance(error, Stopped) and not self.quiet:
+                    count(self.cache, self.request, [Outcome.ERROR])
+        finally:
+            with suppress(StoreError):
+                yield from self.cache.leases.settle([], [self.key], self.run)
+
+    def keep(self, tape: Tape) -> Flow[None]:
+        "Store what was said, if it can and should be stored."
+        returned, request = freeze(tape.returned), self.request
         loose = next((one for one in (*tape.items, returned) if isinstance(one, Loose)), None)
         if loose is not None:
-            warn_once(cache, request.name or request.kind, loose.why)
-        elif cache.enabled and worth(request, [thaw(piece) for piece in tape.items]):
-            tell(cache, "compute", request.kind, began)
-            record = {request.keys[0]: [tape.items, returned]}
-            yield from store(cache, replace(request, keep=anything), record, cache.clock.tick() - began)
-    began = cache.clock.tick()
-    return Tape(begin, finish, freeze=freeze, thaw=thaw)
+            warn_once(self.cache, request.name or request.kind, loose.why)
+        elif self.cache.enabled and worth(request, [thaw(piece) for piece in tape.items]):
+            said = {self.key: [tape.items, returned]}
+            yield from store(self.cache, replace(request, keep=anything), said, self.cache.clock.tick() - self.began, self.run)
+
+# %% ../nbs/49_replay.ipynb #2aaa1b78
+class Said:
+    "Pieces from elsewhere."
+
+    def __init__(self, pieces: Iterable[Any] = (), returned: Any = None) -> None:
+        self.ready, self.returned = deque(pieces), returned
+
+    def more(self) -> Flow[None]:
+        "Wait until something is ready, or all was said."
+        return
+        yield
+
+    def next(self) -> Flow[Any]:
+        if not self.ready:
+            yield from self.more()
+        return self.ready.popleft() if self.ready else END
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        if (piece := drive(self.next())) is END:
+            raise StopIteration(self.returned)
+        return piece
+
+    async def __anext__(self) -> Any:
+        if (piece := await adrive(self.next())) is END:
+            raise StopAsyncIteration
+        return piece
+
+# %% ../nbs/49_replay.ipynb #18dccf7e
+class _Heard(Said):
+    "What was heard of a stream that another process leads."
+
+    def __init__(self, opening: _Opening) -> None:
+        super().__init__()
+        self.opening, self.leases = opening, opening.cache.leases
+        self.run, self.place = "", 0     # Which run, and how many of its records were heard
+        self.pieces = 0                  # How many of them were pieces
+        self.over, self.why = False, ""  # It ended; and why, if not cleanly
+        self.patience = time.monotonic() + self.leases.ttl
+
+    def take(self, mark: bytes, said: bytes) -> None:
+        "Hear one record."
+        self.place += 1
+        try:
+            if mark == b"!":
+                self.why, self.over = f"it failed with {said.decode()}", self.pieces > 0  # Else its lease ends in a moment
+            elif mark == b"?":
+                self.give_up("a piece of it has no byte form")
+            elif mark == b".":
+                self.returned, self.over = thaw(said), True
+            else:
+                self.ready.append(thaw(said))
+                self.pieces += 1
+        except CodecError as error:
+            self.give_up(str(error))
+        if self.pieces or not self.why:
+            self.opening.reply(Outcome.SHARED)
+
+    def give_up(self, why: str) -> None:
+        "It cannot be followed; who has heard nothing yet computes by himself."
+        self.over, self.why, self.opening.alone = True, why, True
+
+# %% ../nbs/49_replay.ipynb #104b3bbc
+class Followed(_Heard):
+    "The pieces of a stream that another process leads."
+
+    def more(self) -> Flow[None]:
+        while not (self.ready or self.over):
+            heard = self.leases.expect([self.opening.key])
+            try:
+                if not (yield from self.ask()):
+                    yield self.leases.wait(heard)
+            finally:
+                self.leases.forget([self.opening.key], heard)
+        if self.why and not self.ready:
+            words = f"a stream that another process computes broke off after {self.pieces} pieces: {self.why}"
+            raise StreamLostError(words) if self.pieces else Again
+
+    def ask(self) -> Flow[bool]:
+        "Ask the store what is new; whether something is."
+        try:
+            told = yield from self.opening.cache.store.follow(self.opening.key, self.run, self.place)
+        except StoreError as error:
+            if not self.pieces or time.monotonic() > self.patience:
+                self.give_up(str(error))
+            return self.over
+        self.run, self.patience = told.run, time.monotonic() + self.leases.ttl
+        for record in told.records:
+            self.take(record[:1], record[1:])
+        if not (told.led or self.over):
+            self.over, self.why = True, self.why or "its process is gone"
+        return self.over or self.pieces > 0 and bool(told.records)

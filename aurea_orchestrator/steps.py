@@ -21,20 +21,31 @@ from .stores.base import Item
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['lookup', 'usable', 'opened', 'compute', 'store', 'worth', 'depth', 'warn_once']
+__all__ = ['lookup', 'look', 'known', 'usable', 'opened', 'compute', 'store', 'worth', 'depth', 'warn_once']
 
 # %% ../nbs/48_steps.ipynb #f143140a
 def lookup(cache: Workings, request: Request, wanted: Sequence[str]) -> Flow[dict[str, Reply]]:
     "What the store has, by key."
-    began, distinct = cache.clock.tick(), list(dict.fromkeys(wanted))
+    distinct = list(dict.fromkeys(wanted))
+    return known(cache, request, distinct, (yield from look(cache, request.kind, distinct)))
+
+
+def look(cache: Workings, kind: str, wanted: Sequence[str]) -> Flow[Sequence[bytes | None]]:
+    "The bytes that the store has, one round trip for all; none if it is away."
+    began = cache.clock.tick()
     try:
-        blobs = yield from cache.store.get_many(distinct)
+        blobs = yield from cache.store.get_many(wanted)
     except StoreError as error:
-        tell(cache, "lookup", request.kind, began, error)
-        return {}
-    found = {key: one for key, blob in zip(distinct, blobs) if (one := usable(cache, request, key, blob, began))}
-    tell(cache, "lookup", request.kind, began)
-    return found
+        tell(cache, "lookup", kind, began, error)
+        return [None] * len(wanted)
+    tell(cache, "lookup", kind, began)
+    return blobs
+
+
+def known(cache: Workings, request: Request, wanted: Sequence[str], blobs: Sequence[bytes | None]) -> dict[str, Reply]:
+    "What is usable of the bytes, by key."
+    began = cache.clock.tick()
+    return {key: one for key, blob in dict(zip(wanted, blobs)).items() if (one := usable(cache, request, key, blob, began))}
 
 
 def usable(cache: Workings, request: Request, key: str, blob: bytes | None, began: float | None = None) -> Reply | None:
@@ -75,8 +86,8 @@ def compute(cache: Workings, request: Request, missing: Sequence[str]) -> Flow[t
     return values, cache.clock.tick() - began
 
 # %% ../nbs/48_steps.ipynb #a313b8bc
-def store(cache: Workings, request: Request, values: Mapping[str, Any], cost: float) -> Flow[dict[str, Reply]]:
-    "Store what can and should be stored; a reply for every value."
+def store(cache: Workings, request: Request, values: Mapping[str, Any], cost: float, token: str = "") -> Flow[dict[str, Reply]]:
+    "Store what can and should be stored, and give back its leases; a reply for every value."
     began, born, meta = cache.clock.tick(), cache.clock.now(), request.meta
     ttl = request.ttl * (1.0 - cache.jitter * cache.chance())
     replies = {key: Reply(key, value, Outcome.MISS, None, born, 0.0, meta) for key, value in values.items()}
@@ -88,7 +99,7 @@ def store(cache: Workings, request: Request, values: Mapping[str, Any], cost: fl
             warn_once(cache, request.name or request.kind, error)
     items = [Item(key, one.blob, one.ttl + request.stale) for key, one in replies.items() if one.blob is not None and one.ttl]
     try:
-        yield from cache.leases.settle(items, values)
+        yield from cache.leases.settle(items, values, token)
     except StoreError as error:
         tell(cache, "store", request.kind, began, error)
     else:

@@ -16,7 +16,7 @@ from .effects import Both, Effect, Flow, adrive, drive
 from .flight import Stopped, landed
 
 # %% auto #0
-__all__ = ['END', 'Source', 'Tape', 'read', 'Pull', 'say', 'stop', 'Streams']
+__all__ = ['END', 'Source', 'Again', 'Tape', 'read', 'Pull', 'say', 'stop', 'Streams', 'Apart']
 
 # %% ../nbs/32_streams.ipynb #28f7b2c8
 class _End:
@@ -28,6 +28,10 @@ END = _End()
 Source = Iterator[Any] | AsyncIterator[Any]
 
 
+class Again(Exception):
+    "Raised by a source that has nothing to give after all: open another one."
+
+
 def _same(item: Any) -> Any:
     return item
 
@@ -37,8 +41,8 @@ class Tape:
 
     def __init__(
         self,
-        open_source: Callable[[], Source] | None = None,        # Begins the stream; None: everything is on the tape already
-        finish: Callable[[Tape], Flow[None]] | None = None,     # A flow to run when it ended cleanly, before readers see the end
+        open_source: Callable[[], Flow[Source]] | None = None,  # A flow that gives the source; None: everything is on the tape already
+        finish: Callable[[Tape, BaseException | None], Flow[None]] | None = None,  # A flow to run at its end, however it ended
         items: list[Any] | None = None,                         # What is on the tape already, frozen
         returned: Any = None,                                   # What the generator returned
         freeze: Callable[[Any], Any] = _same,                   # How an item is kept on the tape
@@ -51,7 +55,7 @@ class Tape:
         self._open: Any = open_source
         self._source: Any = None
         self._finish = finish
-        self._pulling, self._state = threading.Lock(), threading.Lock()
+        self._puller, self._pulling, self._state = threading.Condition(), False, threading.Lock()
         self._task: asyncio.Task[None] | None = None
         self._turn: Future[None] = Future()   # Done when the next thing was said
         self._wanted = asyncio.Event()        # Some reader is at the end of the tape
@@ -81,17 +85,17 @@ class Pull(Effect):
 
     def do(self) -> None:
         tape = self.tape
-        with tape._pulling:
+        with tape._puller:
+            tape._puller.wait_for(lambda: not tape._pulling or self.place < len(tape.items) or tape.over)
             if self.place < len(tape.items) or tape.over:
                 return
-            try:
-                tape._source = tape._source or tape._open()
-                say(tape, next(tape._source))
-            except StopIteration as end:
-                tape.returned = end.value
-                drive(_ended(tape))
-            except BaseException as error:
-                stop(tape, error)
+            tape._pulling = True
+        try:
+            _pull(tape)
+        finally:
+            with tape._puller:
+                tape._pulling = False
+                tape._puller.notify_all()
 
     async def ado(self) -> None:
         tape = self.tape
@@ -107,21 +111,42 @@ class Pull(Effect):
         await landed(turn)
 
 # %% ../nbs/32_streams.ipynb #b9d80f35
+def _pull(tape: Tape) -> None:
+    "The next item of a synchronous source, or its end."
+    try:
+        while True:
+            with suppress(Again):
+                if tape._source is None:
+                    tape._source = drive(tape._open())
+                say(tape, next(tape._source))
+                return
+            tape._source = None
+    except StopIteration as end:
+        tape.returned = end.value
+        drive(_ended(tape))
+    except BaseException as error:
+        drive(_ended(tape, error))
+
+
 async def _pump(tape: Tape) -> None:
     "Pull an async source from beginning to end, one item whenever a reader wants one."
-    tape._source = tape._open()
+    error: BaseException | None = Stopped("the stream was stopped before its end")
     try:
         await tape._wanted.wait()
-        async for item in tape._source:
-            tape._wanted.clear()
-            say(tape, item)
-            await tape._wanted.wait()
-        await adrive(_ended(tape))
-    except Exception as error:
-        stop(tape, error)
+        while error is not None:
+            with suppress(Again):
+                tape._source = await adrive(tape._open())
+                async for item in tape._source:
+                    tape._wanted.clear()
+                    say(tape, item)
+                    await tape._wanted.wait()
+                error = None
+    except Exception as its:
+        error = its
     finally:
         if (aclose := getattr(tape._source, "aclose", None)) is not None:
             await aclose()
+        await adrive(_ended(tape, error))
 
 # %% ../nbs/32_streams.ipynb #2a94c599
 def say(tape: Tape, item: Any) -> None:
@@ -142,11 +167,13 @@ def stop(tape: Tape, error: BaseException | None = None) -> None:
     turn.set_result(None)
 
 
-def _ended(tape: Tape) -> Flow[None]:
-    "The source ended cleanly."
-    if tape._finish is not None:
-        yield from tape._finish(tape)
-    stop(tape)
+def _ended(tape: Tape, error: BaseException | None = None) -> Flow[None]:
+    "The source ended, cleanly or not."
+    try:
+        if tape._finish is not None:
+            yield from tape._finish(tape, error)
+    finally:
+        stop(tape, error)
 
 # %% ../nbs/32_streams.ipynb #709a95ac
 class Streams:
@@ -174,6 +201,13 @@ class Streams:
             tape.readers += 1
         return tape, led
 
+    def stay(self, key: str, tape: Tape) -> bool:
+        "Read it too, if anybody still does; if so, one must `leave`."
+        with self._lock:
+            there = self._running.get(key) is tape and not tape.over
+            tape.readers += there
+        return there
+
     def leave(self, key: str, tape: Tape) -> Flow[None]:
         "Stop reading; the last reader out closes the source."
         with self._lock:
@@ -188,10 +222,14 @@ class Streams:
 # %% ../nbs/32_streams.ipynb #2d896834
 def _close(tape: Tape) -> None:
     "Close a synchronous source; its `finally` blocks have run when this returns."
-    with tape._pulling:
-        stop(tape, Stopped("all readers have left"))
-        if (close := getattr(tape._source, "close", None)) is not None:
-            close()
+    with tape._puller:
+        tape._puller.wait_for(lambda: not tape._pulling)
+        try:
+            if (close := getattr(tape._source, "close", None)) is not None:
+                close()
+        finally:
+            if not tape.over:
+                drive(_ended(tape, Stopped("all readers have left")))
 
 
 async def _aclose(tape: Tape) -> None:
@@ -201,3 +239,39 @@ async def _aclose(tape: Tape) -> None:
         if task.get_loop() is asyncio.get_running_loop():
             await asyncio.wait({task})
     stop(tape, Stopped("all readers have left"))
+
+# %% ../nbs/32_streams.ipynb #eadb2f9a
+_apart: set[asyncio.Task[None]] = set()  # A loop holds its tasks only weakly
+
+
+class Apart(Effect):
+    "Once a future is done, run a flow beside the one that yields this; its errors are nobody's."
+
+    __slots__ = ("when", "begin")
+
+    def __init__(self, when: Future[None], begin: Callable[[], Flow[None]]) -> None:
+        self.when, self.begin = when, begin
+
+    def do(self) -> None:
+        self.when.add_done_callback(lambda _: threading.Thread(target=self._run, name="aurea-apart", daemon=True).start())
+
+    async def ado(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def begin() -> None:
+            _apart.add(task := loop.create_task(self._arun()))
+            task.add_done_callback(_apart.discard)
+
+        def due(_: Future[None]) -> None:
+            with suppress(RuntimeError):  # That loop is closed
+                loop.call_soon_threadsafe(begin)
+
+        self.when.add_done_callback(due)
+
+    def _run(self) -> None:
+        with suppress(Exception):
+            drive(self.begin())
+
+    async def _arun(self) -> None:
+        with suppress(Exception):
+            await adrive(self.begin())

@@ -119,7 +119,7 @@ class Store(Shelf):
             yield from self.put_many(items)
 
     def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
-        "Put records of the stream that this run leads on its tape, from a place on; how many are there now, −1: another run leads."
+        "Put records of the stream that this run leads on its tape, from a place on; how many are there now, −1 if nobody follows."
         return -1
         yield
 

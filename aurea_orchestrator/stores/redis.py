@@ -299,6 +299,10 @@ class _Verbs(_Entries):
         return gone
 
 # %% ../../nbs/24_stores.redis.ipynb #e00ce0fd
+def _beside(key: str) -> list[str]:
+    return [lease(key), told(key, ":tape"), told(key, ":wish")]
+
+
 class _Leases(_Verbs):
     "Leases, and the ears."
 
@@ -323,14 +327,13 @@ class _Leases(_Verbs):
             yield self._sides.both("run", commands)
 
     def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
-        [have] = yield self._sides.both("run", [script(RELAY, [lease(key), told(key, ":tape")], run, place, _ms(ttl), *records)])
+        [have] = yield self._sides.both("run", [script(RELAY, _beside(key), run, place, _ms(ttl), *records)])
         return int(have)
 
     def follow(self, key: str, run: str, place: int) -> Flow[Told]:
         if self._ears:
             self._ears.watch([key])
-        beside = [lease(key), told(key, ":tape"), told(key, ":wish")]
-        [(led, records, left)] = yield self._sides.both("run", [script(FOLLOW, beside, run, place)])
+        [(led, records, left)] = yield self._sides.both("run", [script(FOLLOW, _beside(key), run, place)])
         if left > 0 and self._ears:
             self._ears.expect(key, left / 1000)
         return Told((led or b"").decode(), records, left > 0)

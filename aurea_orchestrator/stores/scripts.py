@@ -50,8 +50,8 @@ return redis.call('DEL', KEYS[2])"""
 
 # %% ../../nbs/13_stores.scripts.ipynb #c82855cf
 RELAY = """if redis.pcall('LINDEX', KEYS[2], 0) ~= ARGV[1] then
-  if ARGV[2] ~= '0' or redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return -1 end
-  redis.call('DEL', KEYS[2])
+  if redis.pcall('GET', KEYS[1]) ~= ARGV[1] or redis.call('EXISTS', KEYS[3]) == 0 then return -1 end
+  redis.call('DEL', KEYS[2], KEYS[3])
   redis.call('RPUSH', KEYS[2], ARGV[1])
 end
 local have = redis.call('LLEN', KEYS[2]) - 1

@@ -200,10 +200,11 @@ class _Taped(_Leased):
         with self.changing([key]) as db:
             (have,) = db.execute("SELECT count(*) FROM tapes WHERE key = ? AND run = ? AND place >= 0", (key, run)).fetchone()
             led = db.execute(_LED, (key, now)).fetchone()
-            if not have and (place or led is None or led[0] != run):
-                return -1
             if not have:
-                db.execute("DELETE FROM tapes WHERE key = ?", (key,))
+                wished = db.execute(_TAPE, (key, run, -1, now)).fetchone()
+                if led is None or led[0] != run or not wished:
+                    return -1
+                db.execute("DELETE FROM tapes WHERE key = ? AND run != ?", (key, run))
             if have >= place:
                 rows = [(key, run, at, record, now + ttl) for at, record in enumerate(records, place) if at >= have]
                 db.executemany("INSERT INTO tapes VALUES (?, ?, ?, ?, ?)", rows)
@@ -220,7 +221,7 @@ class _Taped(_Leased):
         told = [record for _, record in self.read(_TAPE, (key, run, place, now))]
         if led[0] == run and not told and not self.read(_TAPE, (key, run, 0, now)) and not self.read(_TAPE, (key, run, -1, now)):
             with self.changing([key]) as db:
-                db.execute("INSERT OR IGNORE INTO tapes VALUES (?, ?, -1, x'', ?)", (key, run, led[1]))
+                db.execute("INSERT OR REPLACE INTO tapes VALUES (?, ?, -1, x'', ?)", (key, run, led[1]))
                 db.execute("UPDATE shelf SET changes = changes + 1")
         return Told(run, told, bool(run) and led[0] == run)
 
