@@ -21,7 +21,7 @@ Where each word lives, from the ground up:
     metrics, auth, routes,
     front, main                 **request**, **reply**: the ASGI app
     cli                         the command `aurea`
-    contract, testing           suites for stores and backends of your own
+    contract, sharing, testing  suites for stores and backends of your own
 
 Importing this package opens no socket, starts no thread and reads no setting.
 """

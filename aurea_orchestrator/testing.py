@@ -6,13 +6,18 @@
 from __future__ import annotations
 
 from .contract import ChangeTests, CounterTests, CrowdTests, EntryTests, LifeTests, ScanTests, ThreadTests, TimeTests
+from .sharing import LeaseTests, TapeTests
 
 # %% auto #0
-__all__ = ['StoreSuite', 'BackendSuite']
+__all__ = ['StoreSuite', 'LeaseSuite', 'BackendSuite']
 
 # %% ../nbs/90_testing.ipynb #0165612c
 class StoreSuite(EntryTests, ChangeTests, TimeTests, ScanTests, CounterTests, LifeTests, CrowdTests, ThreadTests):
     "What every store guarantees, as tests: subclass it as `TestMyStore` and give it a fixture `store`."
+
+
+class LeaseSuite(LeaseTests, TapeTests):
+    "What a store guarantees to processes that agree by it, if it does; used in the same way."
 
 # %% ../nbs/90_testing.ipynb #7e492ffd
 from .backends.suite import BackendSuite as BackendSuite
