@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -15,6 +16,8 @@ from typing import Any
 
 from .effects import Effect, Flow, adrive, drive
 from .errors import AureaError
+
+_log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
 __all__ = ['Stopped', 'Computation', 'Flight', 'enter', 'leave', 'Join', 'landed', 'Lead', 'Aside']
@@ -180,12 +183,18 @@ class Lead(Join):
 _aside: set[asyncio.Task[Any]] = set()  # A loop holds its tasks only weakly
 
 
+def _unheard(future: Future[Any]) -> None:
+    if (error := future.exception()) is not None and not isinstance(error, Stopped):
+        _log.info("a refresh in the background failed with %s; the old answer stays as long as it may", type(error).__name__)
+
+
 class Aside(Lead):
-    "Begin the flow that computes, and do not wait for it; its error is nobody's."
+    "Begin the flow that computes, and do not wait for it; its error is nobody's, so it is logged."
 
     __slots__ = ()
 
     def do(self) -> None:
+        self.computation.future.add_done_callback(_unheard)
         threading.Thread(target=self._quietly, name="aurea-refresh", daemon=True).start()
 
     def _quietly(self) -> None:
@@ -193,6 +202,7 @@ class Aside(Lead):
             super().do()
 
     async def ado(self) -> None:
+        self.computation.future.add_done_callback(_unheard)
         self.computation.task = task = asyncio.create_task(self._run())
         _aside.add(task)
         task.add_done_callback(_aside.discard)

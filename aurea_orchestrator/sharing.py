@@ -12,7 +12,7 @@ from .stores.base import Item, Store, Told
 _ONE, _OTHER = f"llm:{1:064x}", f"llm:team:{2:064x}"
 
 # %% auto #0
-__all__ = ['LeaseTests', 'TapeTests']
+__all__ = ['LeaseTests', 'EndTests', 'TapeTests']
 
 # %% ../nbs/89_sharing.ipynb #3ddb3f53
 class LeaseTests(Suite):
@@ -38,6 +38,10 @@ class LeaseTests(Suite):
         assert (yield from store.acquire([_OTHER], "b", 60)) == [(None, False)]
         yield from store.settle([Item(_ONE, b"new", 60)], [_ONE, _OTHER], "a")
         assert (yield from store.acquire([_ONE, _OTHER], "b", 60)) == [(b"new", False), (None, True)]
+
+# %% ../nbs/89_sharing.ipynb #be2b8d7e
+class EndTests(Suite):
+    "How a lease ends, and what it is not."
 
     @both_ways
     def test_ends_by_itself(self, store: Store) -> Flow[None]:
