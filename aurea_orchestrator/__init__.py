@@ -18,6 +18,8 @@ Where each word lives, from the ground up:
     replay                      the nouns and verbs of the sentence
     cache                       the sentence itself
     decorators                  the sentence around a function
+    headers, asked, openapi,
+    ledger                      bytes to key, headers; numbers of all workers
     metrics, auth, routes,
     front, main                 **request**, **reply**: the ASGI app
     cli                         the command `aurea`

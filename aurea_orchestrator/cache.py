@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from . import codec, keys
 from .admission import due
+from .calling import Reader
 from .counts import kinds, stats
 from .effects import Flow, adrive, drive
 from .errors import CodecError, StoreError
 from .events import Event, Outcome, Tally
 from .flight import Aside, Computation, Join, Lead, Stopped
-from .request import Reply, Request, Workings, count, tell
-from .steps import compute, lookup, opened, store, usable
+from .request import Reply, Request, Workings, count, ended, tell
+from .steps import compute, known, look, lookup, opened, store, usable
 if TYPE_CHECKING:
     from aurea_orchestrator.config import Settings
 
@@ -28,13 +29,15 @@ __all__ = ['fetch', 'lead', 'lease', 'join', 'agree', 'fresh', 'give_back', 'agi
            'clear', 'made_by', 'glance', 'seek', 'glimpse', 'answer', 'Cache', 'get_cache', 'use_cache']
 
 # %% ../nbs/50_cache.ipynb #ad002aec
-def fetch(cache: Workings, request: Request, found: dict[str, Reply] | None = None) -> Flow[list[Reply]]:
+def fetch(cache: Workings, request: Request, blobs: Sequence[bytes | None] | None = None) -> Flow[list[Reply]]:
     "request → key → lookup → lease → compute → store → reply"
     if request.bypass or not cache.enabled:
         return (yield from bypass(cache, request))
     led: set[str] = set()
-    if found is None:  # Else somebody has looked already
+    if blobs is None:
         found = yield from lookup(cache, request, request.keys)
+    else:  # `seek` has looked already
+        found = known(cache, request, request.keys, blobs)
     yield from refresh(cache, request, {key: one.born for key, one in found.items() if aging(cache, request, one)})
     try:
         while missing := [key for key in dict.fromkeys(request.keys) if key not in found]:
@@ -187,6 +190,9 @@ def bypass(cache: Workings, request: Request) -> Flow[list[Reply]]:
     return [found[key]._replace(outcome=Outcome.BYPASS) for key in request.keys]
 
 # %% ../nbs/50_cache.ipynb #71389fb6
+_PAGE = 250  # Keys removed in one exchange; with more, those who read meanwhile wait noticeably longer
+
+
 def clear(cache: Workings, kind: str | None = None, namespace: str | None = None, name: str | None = None) -> Flow[int]:
     "Remove entries, of one function if its name is given; how many there were."
     if namespace is not None:
@@ -196,7 +202,7 @@ def clear(cache: Workings, kind: str | None = None, namespace: str | None = None
     for each in chosen:
         cursor: str | None = None
         while True:
-            page = yield from cache.store.scan(keys.prefix(each, namespace), cursor)
+            page = yield from cache.store.scan(keys.prefix(each, namespace), cursor, _PAGE)
             ours = [key for key in page.keys if keys.is_key(key)]
             removed += yield from cache.store.delete(ours if name is None else (yield from made_by(cache, name, ours)))
             if (cursor := page.cursor) is None:
@@ -215,6 +221,9 @@ def made_by(cache: Workings, name: str, ours: Sequence[str]) -> Flow[list[str]]:
     return made
 
 # %% ../nbs/50_cache.ipynb #88c1921f
+_HIT = Outcome.HIT
+
+
 def glance(cache: Workings, kind: str, key: str, tally: Tally) -> tuple[Any] | None:
     "The value of a key in a tuple, if it can be told without any I/O."
     if not cache.enabled or (blob := cache.store.peek(key)) is None:
@@ -223,45 +232,42 @@ def glance(cache: Workings, kind: str, key: str, tally: Tally) -> tuple[Any] | N
         found = codec.current(blob, cache.clock.now())
     except CodecError:
         return None
-    if found is None:
-        return None
-    cache.counts.add(kind, Outcome.HIT, 1, tally)
-    if cache.bus.listeners:
-        cache.bus.tell(Event("reply", kind, outcome=Outcome.HIT))
+    if found is not None:  # What `ended` does, without a call between
+        cache.counts.add(kind, _HIT, 1, tally)
+        if cache.bus.listeners:
+            cache.bus.tell(Event("reply", kind, outcome=_HIT))
     return found
 
 # %% ../nbs/50_cache.ipynb #663bbbc9
-def seek(cache: Workings, kind: str, key: str, tally: Tally) -> Flow[tuple[Any, ...] | None]:
-    "The value of a key in a tuple; an empty tuple if there is none; None if `fetch` had better look."
-    if not cache.enabled:
-        return None
-    began = cache.clock.tick()
-    try:
-        (blob,) = yield from cache.store.get_many([key])
-        if blob is not None:
-            codec.check(blob, key.encode())
-        found = () if blob is None else codec.current(blob, cache.clock.now())
-    except (StoreError, CodecError):
-        return None
-    tell(cache, "lookup", kind, began)
-    if found:
-        cache.counts.add(kind, Outcome.HIT, 1, tally)
-        if cache.bus.listeners:
-            cache.bus.tell(Event("reply", kind, outcome=Outcome.HIT))
-    return found
+def seek(
+    cache: Workings, kind: str, wanted: Sequence[str], tally: Tally, read: Reader
+) -> Flow[tuple[tuple[Any] | None, Sequence[bytes | None] | None]]:
+    "The answer in a tuple, if the store has all of it; and what bytes it has, if it was asked."
+    if not wanted or not cache.enabled:
+        return None, None
+    blobs, found = (yield from look(cache, kind, wanted)), None
+    if len(there := [blob for blob in blobs if blob is not None]) == len(wanted):
+        with suppress(CodecError):
+            for key, blob in zip(wanted, there):
+                codec.check(blob, key.encode())
+            found = read(there, cache.clock.now())
+    if found is not None:
+        ended(cache, kind, _HIT, len(wanted), tally)
+    return found, blobs
 
 # %% ../nbs/50_cache.ipynb #c8c23070
 def glimpse(cache: Workings, request: Request) -> list[Reply] | None:
     "The replies to a request, if all of them can be told without any I/O; counted."
     if request.bypass or not cache.enabled:
         return None
-    found = {}
+    replies = []
     for key in request.keys:
         one = usable(cache, request, key, cache.store.peek(key))
         if one is None or aging(cache, request, one):
             return None
-        found[key] = one
-    return reply(cache, request, found)
+        replies.append(one)
+    ended(cache, request.kind, _HIT, len(replies), request.tally)
+    return replies
 
 
 async def answer(cache: Workings, request: Request) -> list[Reply]:

@@ -21,10 +21,11 @@ from .forms import PLAIN, Form, canonical, encode, instance
 from .shapes import attributes
 
 # %% auto #0
-__all__ = ['Binder', 'fingerprint', 'identity']
+__all__ = ['Binder', 'argument', 'fingerprint', 'identity']
 
 # %% ../nbs/10_call.ipynb #d2942111
 _Then: typing.TypeAlias = Callable[[tuple[Any, ...]], Any]
+_REFUSED = (UnicodeEncodeError, OverflowError)  # By MessagePack: half a surrogate pair, an integer beyond 64 bits
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _EMPTY: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "('tuple',)", inspect.Parameter.VAR_KEYWORD: "('dict',)"}
 
@@ -52,20 +53,21 @@ def _compiled(
     fn: Callable[..., Any],                          # Lends name and parameters
     kept: Sequence[inspect.Parameter],               # The parameters that are handed on, as a tuple
     rest: _Then,                                     # To this function
-    plain: _Then | None,                             # Or to this one, if they are scalars; False from it means: after all, `rest`
+    plain: _Then | None,                             # Or to this one, if they are scalars; what it refuses goes to `rest` after all
 ) -> Callable[..., Any]:
     "A function of the same signature that hands its values on."
     parameters = _signature(fn).parameters.values()
     _ = "_" * (1 + max((len(p.name) for p in parameters), default=0))
-    space = {f"{_}plain": plain, f"{_}rest": rest, f"{_}set": PLAIN, f"{_}type": type, f"{_}float": float}
-    space |= {f"{_}d_{p.name}": p.default for p in parameters}
+    space: dict[str, Any] = {f"{_}plain": plain, f"{_}rest": rest, f"{_}set": PLAIN, f"{_}type": type, f"{_}str": str, f"{_}float": float}
+    space |= {f"{_}refused": _REFUSED, **{f"{_}d_{p.name}": p.default for p in parameters}}
     head = [p.replace(annotation=p.empty, default=p.default if p.default is p.empty else _Verbatim(f"{_}d_{p.name}")) for p in parameters]
     values, scalars, easy = "", "", "True"
     for p in kept:
         values, scalars = f"{values}{p.name}, ", f"{scalars}{_EMPTY.get(p.kind, p.name)}, "
-        scalar = f"({_}type({p.name}) in {_}set or {_}type({p.name}) is {_}float and {p.name} == {p.name})"
+        kind = f"{_}type({p.name})"
+        scalar = f"({kind} is {_}str or {kind} in {_}set or {kind} is {_}float and {p.name} == {p.name})"
         easy += f" and not {p.name}" if p.kind in _EMPTY else f" and {scalar}"
-    short = f" if {easy}: return {_}plain(({scalars})) or {_}rest(({values}))\n" if plain else ""
+    short = f" try:\n  if {easy}: return {_}plain(({scalars}))\n except {_}refused: pass\n" if plain else ""
     exec(f"def {_}{inspect.Signature(head)}:\n{short} return {_}rest(({values}))", space)
     made: Any = space[_]
     made.__qualname__, made.__name__, made.__module__ = _label(fn), _label(fn).rpartition(".")[2], getattr(fn, "__module__", None)
@@ -144,6 +146,14 @@ class Binder:
         "The form of each value."
         both = zip(self._writers, values, strict=True)
         return [value if type(value) is str and value.isascii() else write(value) for write, value in both]
+
+# %% ../nbs/10_call.ipynb #d5d7402b
+def argument(
+    fn: Callable[..., Any],   # The function that is called
+    name: str,                # One of its parameters
+) -> Callable[..., Any]:      # Called like `fn`, it gives what that parameter would be
+    "Compile the way from a call of `fn` to one of its arguments."
+    return _compiled(fn, [_signature(fn).parameters[name]], lambda values: values[0], None)
 
 # %% ../nbs/10_call.ipynb #81a1321d
 _OWN = frozenset({"cache_llm_response", "cache_embedding", "cached"})      # Our decorators, which are no part of the function

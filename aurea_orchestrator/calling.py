@@ -5,16 +5,17 @@
 # %% ../nbs/46_calling.ipynb #797e33d7
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Number
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+from . import codec
 from .effects import Effect
 from .errors import BatchError
 from .values import stack
 
 # %% auto #0
-__all__ = ['Call', 'CallForMissing', 'together']
+__all__ = ['Reader', 'ONE', 'ROWS', 'Call', 'CallForMissing', 'together', 'Shape']
 
 # %% ../nbs/46_calling.ipynb #12938e12
 class Call(Effect):
@@ -59,10 +60,31 @@ class CallForMissing(Effect):
 
 
 def together(
-    values: Sequence[Any],   # One for each text
-    rows: set[str | None],   # What kinds of thing they were rows of, when they were computed
-) -> Any:                    # In the shape in which the function gives them
+    values: Sequence[Any],            # One for each text
+    metas: Iterable[Mapping[str, Any]],  # The facts that were noted when they were computed
+) -> Any:                             # In the shape in which the function gives them
     "The values of a batch."
-    if rows == {"ndarray"} and len({value.shape for value in values}) == 1:
-        return stack(list(values))
-    return tuple(values) if rows == {"tuple"} else list(values)
+    rows, joined = {meta.get("rows") for meta in metas}, not isinstance(values, list)
+    if rows == {"ndarray"} and (joined or len({value.shape for value in values}) == 1):
+        return values if joined else stack(list(values))
+    each = [row.copy() for row in values] if joined else values
+    return tuple(each) if rows == {"tuple"} else each
+
+# %% ../nbs/46_calling.ipynb #a79c230e
+Reader: TypeAlias = Callable[[Sequence[bytes], float], tuple[Any] | None]  # Given checked entries and the time; None if one is past its ttl
+
+
+class Shape(NamedTuple):
+    "How an answer is put together."
+
+    read: Reader                                                             # From entries
+    made: Callable[[Sequence[Any], Iterable[Mapping[str, Any]]], Any]        # From values and the facts about them
+
+
+def _read_rows(blobs: Sequence[bytes], now: float) -> tuple[Any] | None:
+    found = codec.batch(blobs, now)
+    return found and (together(*found),)
+
+
+ONE = Shape(lambda blobs, now: codec.current(blobs[0], now), lambda values, _: values[0])
+ROWS = Shape(_read_rows, together)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf, nan
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -14,18 +14,18 @@ from zlib import crc32
 import msgspec
 
 from .errors import DamagedEntryError, UnstorableError
-from .values import from_payload, to_payload
+from .values import ARRAY, TREE, from_payload, joined, to_payload, unpack
 
 # %% auto #0
-__all__ = ['Header', 'Entry', 'encode', 'check', 'decode', 'header', 'until', 'trusted', 'current']
+__all__ = ['Header', 'Entry', 'encode', 'check', 'decode', 'header', 'until', 'trusted', 'current', 'batch']
 
 # %% ../nbs/20_codec.ipynb #f08563d9
 _MAGIC, _VERSION = b"\xc1A", 1
 _HEAD = struct.Struct("<2sBBdddI")
 _META_SIZE = struct.Struct("<I")
 _META_AT = _HEAD.size - _META_SIZE.size
-_TIMES, _QUICK, _TIMES_AT = struct.Struct("<dd"), struct.Struct("<dddI"), 4  # Born and ttl (then cost, size of meta), and where they stand
-_MIN_BYTES = _HEAD.size + 4
+_TIMES, _QUICK, _TIMES_AT = struct.Struct("<dd"), struct.Struct("<dd8xI"), 4  # Born and ttl (then the size of meta), and where they stand
+_START, _MIN_BYTES, _quick = _HEAD.size, _HEAD.size + 4, _QUICK.unpack_from
 _pack = msgspec.msgpack.Encoder().encode
 _unpack_meta = msgspec.msgpack.Decoder(dict[str, Any]).decode
 
@@ -157,7 +157,33 @@ def current(
 ) -> tuple[Any] | None:
     "The value of an entry in a tuple, or None if it is past its ttl: `until` and `trusted` in one, for the path that counts microseconds."
     try:
-        born, ttl, _, size = _QUICK.unpack_from(blob, _TIMES_AT)
-        return None if now > born + ttl else (from_payload(blob[3], blob[_HEAD.size + size : -4]),)
+        born, ttl, size = _quick(blob, _TIMES_AT)
+        if now > born + ttl:
+            return None
+        payload, form = blob[_START + size : -4], blob[3]
+        return (unpack(payload) if form == TREE else from_payload(form, payload),)
+    except Exception as error:
+        raise _unreadable(error) from None
+
+# %% ../nbs/20_codec.ipynb #684c99d8
+def batch(
+    blobs: Sequence[bytes],  # Checked entries
+    now: float,              # Unix seconds
+) -> tuple[Sequence[Any], list[dict[str, Any]]] | None:
+    "The values of entries, rows of one array where they can be, and the different facts about them; None if one is past its ttl."
+    try:
+        payloads, forms, facts = list[memoryview](), bytearray(), set[bytes]()
+        for blob in blobs:
+            born, ttl, size = _quick(blob, _TIMES_AT)
+            if now > born + ttl:
+                return None
+            start = _START + size
+            payloads.append(memoryview(blob)[start:-4])
+            forms.append(blob[3])
+            facts.add(blob[_START:start])
+        values = joined(payloads) if set(forms) == {ARRAY} else None
+        if values is None:
+            values = list(map(from_payload, forms, payloads))
+        return values, [_unpack_meta(each) if each else {} for each in facts]
     except Exception as error:
         raise _unreadable(error) from None

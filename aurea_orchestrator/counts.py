@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from .effects import Flow, drive
@@ -34,21 +35,11 @@ class Counts:
 
     def _begin(self) -> None:
         "Nothing counted yet; so begins a forked child too, for what its parent counted the parent delivers."
-        self.tally, self._due = Tally(), False
-
-    def add(self, kind: str, outcome: str, n: int = 1, also: Tally | None = None) -> None:
-        "Count, here and in another tally."
-        self.tally.add(kind, outcome, n, also)
-        if not self._due:
-            self._due = True
-            timer = threading.Timer(DELIVERY, _deliver, [weakref.ref(self)])
-            timer.daemon = True
-            with suppress(RuntimeError):  # The interpreter is ending; `_at_exit` delivers
-                timer.start()
+        self.tally = Tally(partial(_promise, weakref.ref(self)))
+        self.add = self.tally.add  # Its own, without a call between: this is on the path of a hit
 
     def deliver(self) -> Flow[None]:
         "Carry what is new to the store. Raises `StoreError`; then it is kept for the next time."
-        self._due = False
         fresh = self.tally.take()
         try:
             if fresh:
@@ -59,6 +50,13 @@ class Counts:
 
 # %% ../nbs/45_counts.ipynb #3d6f4e2c
 _all: weakref.WeakSet[Counts] = weakref.WeakSet()
+
+
+def _promise(reference: weakref.ref[Counts]) -> None:
+    timer = threading.Timer(DELIVERY, _deliver, [reference])
+    timer.daemon = True
+    with suppress(RuntimeError):  # The interpreter is ending; `_at_exit` delivers
+        timer.start()
 
 
 def _deliver(reference: weakref.ref[Counts]) -> None:

@@ -11,18 +11,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 from .admission import anything, whole
-from .calling import Call, CallForMissing, together
+from .calling import ONE, ROWS, Call, CallForMissing, Shape
 from .cache import Cache, clear, fetch, get_cache, glance, seek
 from .effects import Effect, Flow, adrive, drive
 from .errors import ConfigError
 from .events import Tally, hits_and_misses
-from .call import Binder, identity
+from .call import Binder, argument, identity
 from .keys import check_kind, check_namespace, key_for, make_many
 from .replay import play
-from .request import Reply, Request
+from .request import Request
 from .streams import END, Source, read
 
 _P = ParamSpec("_P")
@@ -81,9 +81,9 @@ class _Cached:
         self.__code__: Any = getattr(fn, "__code__", None)
         self.__defaults__, self.__kwdefaults__ = getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None)
         self.tally, self.parameters = Tally(), inspect.signature(fn).parameters
-        self.name = f"{fn.__module__}.{fn.__qualname__}"
-        self._method, self._declares_bypass = _is_method(fn), "bypass_cache" in self.parameters
-        self._ages = bool(options.stale or options.early)  # Then a hit may have to be refreshed, which the quick ways cannot do
+        self.name, self._method = f"{fn.__module__}.{fn.__qualname__}", _is_method(fn)
+        self._bypass = argument(fn, "bypass_cache") if "bypass_cache" in self.parameters else None
+        self._draws = bool(options.early)  # Then a hit may have to be refreshed, and only `fetch` draws lots
         self._key = key_for(fn, kind, options.namespace, options.version, options.ignore, self._method)
 
     def __repr__(self) -> str:
@@ -104,25 +104,23 @@ def _is_method(fn: Callable[..., Any]) -> bool:
     return bool(outer) and outer[0] != "<locals>" and next(iter(inspect.signature(fn).parameters), "") in ("self", "cls")
 
 # %% ../nbs/51_decorators.ipynb #0241b892
+_Compute: TypeAlias = Callable[[dict[str, Any], Sequence[int]], Effect]  # Given the facts to note and the positions that are missing
+
+
 class _Asking(_Cached):
     "Turns calls into requests."
 
     def _fresh(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         "Whether the caller wants to bypass the cache; takes the argument away unless the function declares it."
-        if not self._declares_bypass:
-            return bool(kwargs.pop("bypass_cache", False))
-        bound = inspect.signature(self.__wrapped__).bind(*args, **kwargs)
-        bound.apply_defaults()
-        return bool(bound.arguments["bypass_cache"])
+        return bool(self._bypass(*args, **kwargs) if self._bypass else kwargs.pop("bypass_cache", False))
 
-    def _request(self, keys: Sequence[str], compute: Effect | Callable[[Sequence[int]], Effect], fresh: bool) -> Request:
+    def _request(self, keys: Sequence[str], compute: _Compute, fresh: bool) -> Request:
         "The request that a call makes."
-        effect = (lambda positions: compute) if isinstance(compute, Effect) else compute
         ttl: Any = self.options.ttl or self.cache.ttl_of(self.kind)
         stale: Any = self.options.stale
         meta = {"name": self.name}
         keep, early = self.options.keep or (whole if self.kind == "llm" else anything), self.options.early
-        return Request(self.kind, keys, effect, ttl, self.name, fresh, keep, self.tally, early, stale, meta)
+        return Request(self.kind, keys, functools.partial(compute, meta), ttl, self.name, fresh, keep, self.tally, early, stale, meta)
 
     def key(self, *args: Any, **kwargs: Any) -> Any:
         "The key of a call: `kind:<64 hex>`, or `kind:<namespace>:<64 hex>`."
@@ -146,19 +144,23 @@ class CachedFunction(_Asking, Generic[_P, _R]):
 
     def _begin(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any] | Flow[Any]:
         "The answer, where it can be told without any I/O; else the flow that gets it."
-        fresh = self._fresh(args, kwargs) if kwargs or self._declares_bypass else False
+        fresh = self._fresh(args, kwargs) if self._bypass or "bypass_cache" in kwargs else False
         key = self._key(*args, **kwargs)
-        if fresh or self._ages:
-            return self._ask(args, kwargs, key, fresh)
-        return glance(self.cache, self.kind, key, self.tally) or self._seek(args, kwargs, key)
+        found = None if fresh or self._draws else glance(self.options.cache or get_cache(), self.kind, key, self.tally)
+        return found or self._ask_one(args, kwargs, key, fresh)
 
-    def _seek(self, args: Sequence[Any], kwargs: dict[str, Any], key: str) -> Flow[Any]:
-        found = yield from seek(self.cache, self.kind, key, self.tally)
-        return found[0] if found else (yield from self._ask(args, kwargs, key, False, None if found is None else {}))
+    def _ask_one(self, args: Sequence[Any], kwargs: dict[str, Any], key: str, fresh: bool) -> Flow[Any]:
+        return self._ask([key], lambda *_: Call(self.__wrapped__, args, kwargs), fresh, ONE)
 
-    def _ask(self, args: Sequence[Any], kwargs: dict[str, Any], key: str, fresh: bool, found: dict[str, Reply] | None = None) -> Flow[Any]:
-        (reply,) = yield from fetch(self.cache, self._request([key], Call(self.__wrapped__, args, kwargs), fresh), found)
-        return reply.value
+    def _ask(self, keys: Sequence[str], compute: _Compute, fresh: bool, shape: Shape) -> Flow[Any]:
+        "What the store has, if it has all; else the sentence goes on from there."
+        found, blobs = None, None
+        if not fresh and not self._draws:
+            found, blobs = yield from seek(self.cache, self.kind, keys, self.tally, shape.read)
+        if found is None:
+            replies = yield from fetch(self.cache, self._request(keys, compute, fresh), blobs)
+            return shape.made([reply.value for reply in replies], [reply.meta for reply in replies])
+        return found[0]
 
     def refresh(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         "Compute again and store the new answer; returns it."
@@ -222,7 +224,7 @@ class CachedGenerator(CachedFunction[_P, _R]):
 
     def _stream(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Request, Callable[[], Source]]:
         fresh, fn = self._fresh(args, kwargs), self.__wrapped__
-        request = self._request([self._key(*args, **kwargs)], Call(fn, args, kwargs), fresh)
+        request = self._request([self._key(*args, **kwargs)], lambda *_: Call(fn, args, kwargs), fresh)
         return request, lambda: fn(*args, **kwargs)
 
     def _items(self, request: Request, begin: Callable[[], Source]) -> Any:
@@ -270,7 +272,7 @@ class _Lists:
     def texts(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[str] | tuple[str, ...] | None:
         "The list of texts in a call, if there is one."
         value = args[self.place] if self.place < len(args) else kwargs.get(self.name)
-        if isinstance(value, (list, tuple)) and all(type(text) is str for text in value):
+        if isinstance(value, (list, tuple)) and set(map(type, value)) <= {str}:
             return value
         return None
 
@@ -296,17 +298,14 @@ class _Listing(CachedFunction[_P, _R]):
     def _begin(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any] | Flow[Any]:
         if (texts := self._lists.texts(args, kwargs)) is None:
             return super()._begin(args, kwargs)
-        fresh = self._fresh(args, kwargs)
-        return self._ask_many(args, kwargs, texts, fresh)
+        return self._ask_many(args, kwargs, texts, self._fresh(args, kwargs))
 
     def _ask_many(self, args: Sequence[Any], kwargs: dict[str, Any], texts: Sequence[str], fresh: bool) -> Flow[Any]:
-        def compute(positions: Sequence[int]) -> Effect:
+        def compute(meta: dict[str, Any], positions: Sequence[int]) -> Effect:
             missing = [texts[position] for position in positions]
             again = self._lists.replaced(args, kwargs, tuple(missing) if type(texts) is tuple else missing)
-            return CallForMissing(Call(self.__wrapped__, *again), request.name, request.meta)
-        request = self._request(self._lists.keys(args, kwargs, texts), compute, fresh)
-        replies = yield from fetch(self.cache, request)
-        return together([reply.value for reply in replies], {reply.meta.get("rows") for reply in replies})
+            return CallForMissing(Call(self.__wrapped__, *again), self.name, meta)
+        return self._ask(self._lists.keys(args, kwargs, texts), compute, fresh, ROWS)
 
     def key(self, *args: Any, **kwargs: Any) -> Any:
         "The key of a call; a list of keys for a list of texts."

@@ -27,7 +27,7 @@ class Effect(ABC):
         "Do it, blocking the calling thread."
 
     @abstractmethod
-    async def ado(self) -> Any:
+    def ado(self) -> Awaitable[Any]:
         "Do it on the running event loop, without blocking it."
 
 
@@ -69,54 +69,41 @@ class Both(Effect):
     def do(self) -> Any:
         return self.call()
 
-    async def ado(self) -> Any:
-        return await self.acall()
+    def ado(self) -> Awaitable[Any]:
+        return self.acall()
 
 # %% ../nbs/03_effects.ipynb #ba52cb56
-class _Done:
-    "The flow returned."
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _advance(how: Callable[[Any], Effect], what: Any) -> Effect | _Done:
-    "The next effect, or the end. Outside of the drivers' `try`, so that a flow's own StopIteration is not mistaken."
-    try:
-        return how(what)
-    except StopIteration as end:
-        return _Done(end.value)
-
-# %% ../nbs/03_effects.ipynb #44c0ec50
 def drive(
     flow: Flow[_T],  # A flow that was not started
 ) -> _T:             # What it returns
     "Run a flow in this thread, blocking at its effects."
-    step = _advance(flow.send, None)
-    while not isinstance(step, _Done):
-        try:
-            reply = step.do()
-        except BaseException as error:
-            step = _advance(flow.throw, error)
-        else:
-            step = _advance(flow.send, reply)
-    value: _T = step.value
-    return value
+    try:
+        step = flow.send(None)
+        while True:
+            try:
+                reply = step.do()
+            except BaseException as error:
+                step = flow.throw(error)
+            else:
+                step = flow.send(reply)
+    except StopIteration as end:
+        value: _T = end.value
+        return value
 
 
 async def adrive(
     flow: Flow[_T],  # A flow that was not started
 ) -> _T:             # What it returns
     "Run a flow on the running loop, awaiting its effects."
-    step = _advance(flow.send, None)
-    while not isinstance(step, _Done):
-        try:
-            reply = await step.ado()
-        except BaseException as error:
-            step = _advance(flow.throw, error)
-        else:
-            step = _advance(flow.send, reply)
-    value: _T = step.value
-    return value
+    try:
+        step = flow.send(None)
+        while True:
+            try:
+                reply = await step.ado()
+            except BaseException as error:
+                step = flow.throw(error)
+            else:
+                step = flow.send(reply)
+    except StopIteration as end:
+        value: _T = end.value
+        return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,29 +99,43 @@ class Clock(NamedTuple):
 
 # %% ../nbs/02_events.ipynb #1e44b087
 _counting = threading.Lock()
+_enter, _leave = _counting.acquire, _counting.release
 
 
+def _nobody() -> None:
+    "Nobody comes for the counts."
+
+# %% ../nbs/02_events.ipynb #9da10b5e
 class Tally:
     "Counts outcomes per kind, exactly, from any thread."
 
-    def __init__(self) -> None:
-        self._total: dict[tuple[str, str], int] = {}    # All that was counted
-        self._taken: dict[tuple[str, str], int] = {}    # What of it was taken
+    def __init__(self, due: Callable[[], None] = _nobody) -> None:
+        self._total: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(Outcome, 0))  # All that was counted
+        self._taken: dict[tuple[str, str], int] = {}                                                    # What of it was taken
+        self._due, self._called = due, False
 
     def add(self, kind: str, outcome: str, count: int = 1, also: Tally | None = None) -> None:
         "Count, here and in another tally."
-        pair, total, other = (kind, outcome), self._total, None if also is None else also._total
-        with _counting:
-            total[pair] = total.get(pair, 0) + count
-            if other is not None:
-                other[pair] = other.get(pair, 0) + count
+        _enter()
+        try:
+            self._total[kind][outcome] += count
+            if also is not None:
+                also._total[kind][outcome] += count
+        finally:
+            _leave()
+        if not self._called:
+            self._called = True
+            self._due()
+
+    def _flat(self) -> dict[tuple[str, str], int]:
+        return {(kind, outcome): n for kind, by in self._total.items() for outcome, n in by.items() if n}
 
     def take(self) -> dict[tuple[str, str], int]:
         "What was counted since the last time, by (kind, outcome)."
+        self._called = False
         with _counting:
-            fresh = {pair: n - self._taken.get(pair, 0) for pair, n in self._total.items() if n != self._taken.get(pair, 0)}
-            self._taken = dict(self._total)
-        return fresh
+            before, self._taken = self._taken, self._flat()
+        return {pair: n - before.get(pair, 0) for pair, n in self._taken.items() if n != before.get(pair, 0)}
 
     def give(self, fresh: dict[tuple[str, str], int]) -> None:
         "Put back what was taken and could not be delivered."
@@ -131,9 +146,9 @@ class Tally:
     def named(self) -> dict[str, int]:
         "All that was counted, by `kind:outcome`, as stores keep it."
         with _counting:
-            return {f"{kind}:{outcome}": n for (kind, outcome), n in self._total.items()}
+            return {f"{kind}:{outcome}": n for (kind, outcome), n in self._flat().items()}
 
     def of(self, kind: str) -> dict[str, int]:
         "All that was counted for a kind, by outcome."
         with _counting:
-            return {str(outcome): n for (k, outcome), n in self._total.items() if k == kind}
+            return {str(outcome): n for (k, outcome), n in self._flat().items() if k == kind}

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,7 +70,7 @@ def _mind_forks() -> None:
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_release)
 
-# %% ../nbs/07_files.ipynb #da445381
+# %% ../nbs/07_files.ipynb #ebd0b3fd
 class _Opened:
     "The connections to one file, and when they are opened."
 
@@ -82,20 +83,16 @@ class _Opened:
     ) -> None:
         self.path, self._write, self._read, self._clock = path, write, read, clock
         self.writer, self._local, self._mine, self.lasting = Link(), threading.local(), WeakSet[Link](), True
+        self._failed: tuple[float, Exception] | None = None  # When it could not be opened, and why
 
-    def ready(self, link: Link) -> None:
-        "See to it that a link is open, on the file that is there now."
-        self._leave(link)
-        if link.db is None:
-            _mind_forks()
-            with _opening:
-                self._leave(self.writer)
-                for one, connect in ((self.writer, self._write), (link, self._read)):
-                    if one.db is None:
-                        with one.lock:
-                            one.db, one.checked, one.file_id = connect(), self._clock(), self._file_id()
-                        self._mine.add(one)
-                        _links.add(one)
+    def _open(self, link: Link) -> None:
+        self._leave(self.writer)
+        for one, connect in ((self.writer, self._write), (link, self._read)):
+            if one.db is None:
+                with one.lock:
+                    one.db, one.checked, one.file_id = connect(), self._clock(), self._file_id()
+                self._mine.add(one)
+                _links.add(one)
 
     def _leave(self, link: Link) -> None:
         "Close a link whose file was deleted or replaced."
@@ -112,8 +109,27 @@ class _Opened:
             return at.st_dev, at.st_ino
         return 0, 0
 
+# %% ../nbs/07_files.ipynb #da445381
+class _Door(_Opened):
+    "Where they are opened, one at a time."
+
+    def ready(self, link: Link) -> None:
+        "See to it that a link is open, on the file that is there now."
+        self._leave(link)
+        if link.db is None:
+            _mind_forks()
+            came = time.monotonic()
+            with _opening:
+                if self._failed is not None and came < self._failed[0]:
+                    raise copy(self._failed[1])
+                try:
+                    self._open(link)
+                except Exception as error:
+                    self._failed = time.monotonic(), copy(error)
+                    raise
+
 # %% ../nbs/07_files.ipynb #1a339895
-class Links(_Opened):
+class Links(_Door):
     "The connections to one file, and their use."
 
     def reader(self) -> Link:

@@ -19,6 +19,20 @@ from .routes import House
 __all__ = ['Front', 'respond']
 
 # %% ../nbs/74_front.ipynb #c44c914f
+class _Watched:
+    "Sends, and sees the status."
+
+    __slots__ = ("send", "status")
+
+    def __init__(self, send: Send) -> None:
+        self.send, self.status = send, 500
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self.send(message)
+
+# %% ../nbs/74_front.ipynb #dc06f7b2
 class Front:
     "Counts requests, and serves the busy endpoints."
 
@@ -34,24 +48,19 @@ class Front:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, path = time.perf_counter(), 500, scope["path"].removeprefix(scope.get("root_path", ""))
-
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        endpoint = self.express.get(path) if scope["method"] == "POST" else None
+        began, method, path = time.perf_counter(), scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
+        watched, endpoint = _Watched(send), self.express.get(path) if method == "POST" else None
         try:
             if endpoint is None:
-                await self.app(scope, receive, watch)
+                await self.app(scope, receive, watched)
                 path = getattr(scope.get("route"), "path", "other")
             else:
-                await (await respond(endpoint, Request(scope, receive)))(scope, receive, watch)
+                response = await respond(endpoint, Request(scope, receive))
+                watched.status = response.status_code
+                await response(scope, receive, send)
         finally:
             if (house := self.house()) is not None:
-                house.metrics.answered(scope["method"], path, status, time.perf_counter() - began)
+                house.metrics.answered(method, path, watched.status, time.perf_counter() - began)
 
 
 async def respond(endpoint: Callable[[Request], Awaitable[Response]], request: Request) -> Response:

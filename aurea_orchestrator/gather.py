@@ -8,22 +8,44 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from copy import copy
+from itertools import islice
 from typing import Any, TypeAlias
 
 # %% auto #0
 __all__ = ['Gather']
 
 # %% ../nbs/05_gather.ipynb #fd2a6257
-_Waiting: TypeAlias = list[tuple[Sequence[Any], asyncio.Future[Any]]]
+_Waiting: TypeAlias = list[tuple[asyncio.Future[Any], Any, int | None]]  # Who waits, for what: an item, or so many of them
+
+
+def _items(waiting: _Waiting) -> list[Any]:
+    "What is to be sent."
+    items = list[Any]()
+    for _, what, many in waiting:
+        if many is None:
+            items.append(what)
+        else:
+            items += what
+    return items
 
 
 def _hand_out(waiting: _Waiting, replies: Sequence[Any]) -> None:
-    "To each as many replies as he had items."
-    at = 0
-    for items, future in waiting:
+    "To each his own."
+    rest = iter(replies)
+    for future, _, many in waiting:
+        reply = next(rest) if many is None else list(islice(rest, many))
         if not future.done():
-            future.set_result(replies[at:at + len(items)])
-        at += len(items)
+            future.set_result(reply)
+
+
+def _fail(waiting: _Waiting, error: Exception) -> None:
+    "To each a copy of the error."
+    for future, *_ in waiting:
+        if not future.done():
+            own = copy(error)
+            own.__cause__ = error.__cause__
+            future.set_exception(own)
+            future.exception()  # Or asyncio complains of one who is cancelled before he hears it
 
 # %% ../nbs/05_gather.ipynb #87e321dd
 class Gather:
@@ -35,37 +57,39 @@ class Gather:
         at_once: int = 1000,                                    # Items in a batch
     ) -> None:
         self.send, self.at_once = send, at_once
-        self.tasks: set[asyncio.Task[None]] = set()  # Being sent; a loop alone would forget them
-        self._batch: _Waiting = []
-        self._room = 0
+        self.tasks = set[asyncio.Task[None]]()  # Being sent; a loop alone would forget them
+        self._batch, self._room = _Waiting(), 0
 
-    async def ask(
-        self,
-        items: Sequence[Any],  # What to send
-    ) -> list[Any]:            # A reply for each
-        "Send the items with those of all others who ask in this tick."
-        future: asyncio.Future[Any] = (loop := asyncio.get_running_loop()).create_future()
-        if not self._batch or self._room < len(items):
+    def one(self, item: Any) -> asyncio.Future[Any]:
+        "The reply to an item, sent with those of all others who ask in this tick."
+        return self._join(item, None, 1)
+
+    def ask(self, items: Sequence[Any]) -> asyncio.Future[list[Any]]:
+        "The list of replies to several items, likewise."
+        return self._join(items, many := len(items), many)
+
+    def _join(self, what: Any, many: int | None, room: int) -> asyncio.Future[Any]:
+        loop = asyncio.get_running_loop()
+        if not self._batch or self._room < room:
             self._batch, self._room = [], self.at_once
             self.tasks.add(task := loop.create_task(self._flush(self._batch)))
             task.add_done_callback(self.tasks.discard)
-        self._batch.append((items, future))
-        self._room -= len(items)
-        if isinstance(reply := await future, Exception):
-            raise copy(reply) from reply.__cause__
-        return list(reply)
+        self._room -= room
+        future: asyncio.Future[Any] = loop.create_future()
+        self._batch.append((future, what, many))
+        return future
 
     async def _flush(self, batch: _Waiting) -> None:
         "Close the batch, send it, hand out the replies."
         if self._batch is batch:
             self._batch = []
-        waiting = [(items, future) for items, future in batch if not future.done()]
+        waiting = [each for each in batch if not each[0].done()]
         try:
-            _hand_out(waiting, await self.send([item for items, _ in waiting for item in items]) if waiting else ())
+            if waiting:
+                _hand_out(waiting, await self.send(_items(waiting)))
         except Exception as error:
-            for _, future in waiting:
-                if not future.done():
-                    future.set_result(error)
-        finally:
-            for _, future in waiting:
-                future.cancel()  # Only if the loop is ending
+            _fail(waiting, error)
+        except BaseException:  # The loop is ending
+            for future, *_ in waiting:
+                future.cancel()
+            raise

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -99,21 +99,12 @@ def key_for(
     same = encode([KEY_VERSION, kind, namespace, who, [bind.names, None]])
     begun = sha256(same[:-1])  # Without the None, in whose place the forms go
 
-    def digested(data: bytes) -> str:
+    def digested(forms: Sequence[Form]) -> str:
         state = begun.copy()
-        state.update(data)
+        state.update(encode(forms))
         return head + state.hexdigest()
 
-    def plain(values: tuple[Any, ...]) -> str:
-        try:
-            return digested(encode(values))
-        except (UnicodeEncodeError, OverflowError):
-            return ""
-
-    def rest(values: tuple[Any, ...]) -> str:
-        return digested(encode(bind.forms(values)))
-
-    return bind.compiled(rest, plain)
+    return bind.compiled(lambda values: digested(bind.forms(values)), digested)
 
 # %% ../nbs/11_keys.ipynb #212126f7
 def make_many(

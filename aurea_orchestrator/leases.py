@@ -33,6 +33,7 @@ class _Held:
     def __init__(self, store: Store, ttl: float = TTL) -> None:
         self.store, self.ttl = store, ttl
         self.token, self.held = secrets.token_hex(8), dict[str, str]()  # What we hold, with which token
+        self.owed: dict[str, str] = {}  # What could not be given back
         self._lock, self._renewing = threading.Lock(), False
 
     def acquire(self, keys: Sequence[str], force: bool = False, token: str = "") -> Flow[list[tuple[bytes | None, bool]]]:
@@ -40,7 +41,9 @@ class _Held:
         answers = yield from self.store.acquire(keys, token or self.token, self.ttl, force)
         with self._lock:
             mine = [granted or (blob is None and key in self.held) for key, (blob, granted) in zip(keys, answers)]
-            self.held.update((key, token or self.token) for key, (_, granted) in zip(keys, answers) if granted)
+            for key in [key for key, (_, granted) in zip(keys, answers) if granted]:
+                self.held[key] = token or self.token
+                self.owed.pop(key, None)
             begin, self._renewing = bool(self.held) and not self._renewing, self._renewing or bool(self.held)
         if begin:
             threading.Thread(target=self._renew, name="aurea-leases", daemon=True).start()
@@ -54,23 +57,39 @@ class _Held:
             for key in ours:
                 del self.held[key]
         if ours:
-            yield from self.store.settle(items, ours, token)
+            try:
+                yield from self.store.settle(items, ours, token)
+            except StoreError:
+                self.owed.update(dict.fromkeys(ours, token))
+                raise
         elif items:
             yield from self.store.put_many(items)
+
+    def _renew(self) -> None:
+        raise NotImplementedError
+
+# %% ../nbs/31_leases.ipynb #320984cd
+class _Kept(_Held):
+    "The thread that keeps them alive, and gives back what is owed."
 
     def _renew(self) -> None:
         idle = 0
         while True:
             time.sleep(self.ttl / 4)
             with self._lock:
-                now = dict(self.held)
-                idle = 0 if now else idle + 1
+                now, owed = dict(self.held), dict(self.owed)
+                idle = 0 if now or owed else idle + 1
                 if idle > 8:
                     self._renewing = False
                     return
             with suppress(StoreError):
-                for token in dict.fromkeys(now.values()):
-                    drive(self.store.renew([key for key in now if now[key] == token], token, self.ttl))
+                for token in dict.fromkeys([*now.values(), *owed.values()]):
+                    if keys := [key for key in now if now[key] == token]:
+                        drive(self.store.renew(keys, token, self.ttl))
+                    if keys := [key for key in owed if owed[key] == token]:
+                        drive(self.store.settle([], keys, token))
+                    for key in keys:
+                        self.owed.pop(key, None)
 
 # %% ../nbs/31_leases.ipynb #22195af4
 def wake(future: Future[None]) -> Future[None]:
@@ -98,7 +117,7 @@ class Woken(Effect):
                 await landed(self.future)
 
 # %% ../nbs/31_leases.ipynb #86a4c052
-class Leases(_Held):
+class Leases(_Kept):
     "The leases of this process: those it holds, and those it waits for."
 
     def __init__(self, store: Store, ttl: float = TTL) -> None:

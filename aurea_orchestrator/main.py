@@ -58,6 +58,7 @@ def build(settings: Settings, stack: ExitStack, cache: Cache | None = None) -> H
     llm, embedding = backends_of(settings)
     cache = cache or Cache.from_settings(settings, finish=True, jitter=0.05)
     metrics = Metrics(__version__, lambda: getattr(cache.store, "trouble", None) is None, server_folder())
+    stack.callback(metrics.close)
     stack.enter_context(cache.bus.listening(metrics.hear))
     house = House(cache, llm, embedding, metrics, settings.api_keys, settings.max_body, __version__)
     if llm.name == "demo" or embedding.name == "demo":

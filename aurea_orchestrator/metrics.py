@@ -8,21 +8,21 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock
 
 from .events import HITS, STEPS, Event, Outcome
+from .ledger import Ledger, Name
 
 # %% auto #0
-__all__ = ['METRICS', 'KINDS', 'server_folder', 'sweep_servers', 'sweep_workers', 'Metrics']
+__all__ = ['METRICS', 'KINDS', 'server_folder', 'sweep_servers', 'open_ledger', 'Metrics']
 
 # %% ../nbs/70_metrics.ipynb #6d79d622
 METRICS = {
@@ -39,7 +39,16 @@ METRICS = {
 }
 _log = logging.getLogger("aurea_orchestrator")
 KINDS = ("llm", "embedding")
+_COUNTERS = {
+    "cache_hits_total": ("cache_type",),
+    "cache_misses_total": ("cache_type",),
+    "cache_outcomes_total": ("cache_type", "outcome"),
+    "cache_errors_total": ("cache_type", "step", "error"),
+    "http_requests_total": ("method", "path", "status"),
+}
+_TIMES = {"cache_step_duration_seconds": ("cache_type", "step"), "http_request_duration_seconds": ("method", "path")}
 _BUCKETS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_CELLS = len(_BUCKETS) + 2  # The seconds in all; then how many took so long, bucket by bucket, the last without a bound
 
 # %% ../nbs/70_metrics.ipynb #8c469d6d
 def server_folder() -> Path | None:
@@ -73,39 +82,22 @@ def sweep_servers() -> None:
                 file.unlink()
             folder.rmdir()
 
-# %% ../nbs/70_metrics.ipynb #2a2f4b5a
-def sweep_workers(folder: Path) -> None:
-    "Merge the files of dead workers into one, under the lock."
-    from prometheus_client.mmap_dict import MmapedDict
-    with FileLock(folder / "lock"):
-        for file in folder.glob("*_*.db"):
-            sort, _, pid = file.stem.rpartition("_")
-            if not pid.isdigit() or psutil.pid_exists(int(pid)):
-                continue
-            gone, draft = folder / f"{sort}_gone.db", folder / f"{sort}_gone.draft"
-            if gone.exists():
-                shutil.copyfile(gone, draft)
-            whole, part = MmapedDict(str(draft)), MmapedDict(str(file), read_mode=True)
-            for key, value, _ in part.read_all_values():
-                whole.write_value(key, whole.read_value(key)[0] + value, 0.0)
-            whole.close()
-            part.close()
-            draft.replace(gone)
-            file.unlink()
 
-# %% ../nbs/70_metrics.ipynb #dec59a2a
-def _prepare(folder: Path) -> None:
-    "Make the shared folder ready before `prometheus_client` is imported."
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if "prometheus_client" not in sys.modules:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+def open_ledger(folder: Path | None) -> Ledger:
+    "The numbers of this worker; for itself, and told so, if the folder cannot be used."
     try:
-        sweep_servers()
-        sweep_workers(folder)
-    except Exception:
-        _log.exception("the metrics of workers that are gone could not be merged in %s; they stay as they are", folder)
+        if folder is not None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sweep_servers()
+        ledger = Ledger(folder)
+        with ledger.lock:
+            ledger.row(("cache_hits_total", KINDS[0]))
+        return ledger
+    except OSError as error:
+        _log.warning("metrics cannot be kept in %s (%s); each worker shows its own", folder, error)
+        return Ledger()
 
-# %% ../nbs/70_metrics.ipynb #fb8e59d1
+# %% ../nbs/70_metrics.ipynb #2a2f4b5a
 class _Meters:
     "What is counted."
 
@@ -115,97 +107,96 @@ class _Meters:
         store_up: Callable[[], bool] = lambda: True,  # Whether the store can be used
         folder: Path | None = None,                   # Shared by the workers; see `server_folder`
     ) -> None:
-        if folder is not None:
-            _prepare(folder)
-        import prometheus_client as prom
-        if folder is not None and not prom.values.ValueClass._multiprocess:
-            _log.warning("prometheus_client was imported before the app: set PROMETHEUS_MULTIPROC_DIR for sums over all workers")
-            folder = None
-        self._prom, self._version, self._store_up, self._folder = prom, version, store_up, folder
-        self._own, self._series = prom.CollectorRegistry(), dict[tuple[Any, tuple[str, ...]], Any]()
-        self._hits = self._counter("cache_hits_total", "cache_type")
-        self._misses = self._counter("cache_misses_total", "cache_type")
-        self._outcomes = self._counter("cache_outcomes_total", "cache_type", "outcome")
-        self._errors = self._counter("cache_errors_total", "cache_type", "step", "error")
-        self._requests = self._counter("http_requests_total", "method", "path", "status")
-        self._steps = self._histogram("cache_step_duration_seconds", "cache_type", "step")
-        self._seconds = self._histogram("http_request_duration_seconds", "method", "path")
+        self._version, self._store_up, self._ledger = version, store_up, open_ledger(folder)
         self._zeros()
 
     def _zeros(self) -> None:
         "Every series of the cache is there from the start, at 0, so that its first event is seen as one."
-        for kind in KINDS:
-            self._hits.labels(kind), self._misses.labels(kind)
-            for outcome in Outcome:
-                self._outcomes.labels(kind, outcome.value)
-            for step in STEPS:
-                self._steps.labels(kind, step)
+        with self._ledger.lock:
+            for kind in KINDS:
+                self._add(0, "cache_hits_total", kind)
+                self._add(0, "cache_misses_total", kind)
+                for outcome in Outcome:
+                    self._add(0, "cache_outcomes_total", kind, outcome)
+                for step in STEPS:
+                    self._ledger.row(("cache_step_duration_seconds", kind, step), _CELLS)
 
-    def _counter(self, name: str, *labels: str) -> Any:
-        return self._prom.Counter(name, METRICS[name], labels, registry=self._own)
+    def _add(self, n: float, *series: str) -> None:
+        "Add to a counter; under the lock."
+        self._ledger.row(series)[0] += n
 
-    def _histogram(self, name: str, *labels: str) -> Any:
-        return self._prom.Histogram(name, METRICS[name], labels, buckets=_BUCKETS, registry=self._own)
+    def _time(self, seconds: float, *series: str) -> None:
+        "Add to a histogram; under the lock."
+        cells = self._ledger.row(series, _CELLS)
+        cells[0] += seconds
+        cells[1 + bisect_left(_BUCKETS, seconds)] += 1.0
 
-# %% ../nbs/70_metrics.ipynb #ad512f5e
+# %% ../nbs/70_metrics.ipynb #dae82bf9
 class Metrics(_Meters):
     "Counts what it hears, and shows it."
 
     def hear(self, event: Event) -> None:
         "Count an event; give it to `Bus.listening`."
-        if (outcome := event.outcome) is not None:
-            self._of(self._outcomes, event.kind, outcome.value).inc(event.count)
-            if outcome in HITS:
-                self._of(self._hits, event.kind).inc(event.count)
-            elif outcome is Outcome.MISS:
-                self._of(self._misses, event.kind).inc(event.count)
-        elif event.error is None:
-            self._of(self._steps, event.kind, event.step).observe(event.seconds)
-        else:
-            self._of(self._errors, event.kind, event.step, event.error).inc()
-
-    def _of(self, metric: Any, *labels: str) -> Any:
-        "The series with these labels; remembered, since asking the library takes several microseconds."
-        return self._series.get((metric, labels)) or self._series.setdefault((metric, labels), metric.labels(*labels))
+        kind, outcome = event.kind, event.outcome
+        with self._ledger.lock:
+            if outcome is not None:
+                self._add(event.count, "cache_outcomes_total", kind, outcome)
+                if outcome in HITS:
+                    self._add(event.count, "cache_hits_total", kind)
+                elif outcome is Outcome.MISS:
+                    self._add(event.count, "cache_misses_total", kind)
+            elif event.error is None:
+                self._time(event.seconds, "cache_step_duration_seconds", kind, event.step)
+            else:
+                self._add(1, "cache_errors_total", kind, event.step, event.error)
 
     def answered(self, method: str, path: str, status: int, seconds: float) -> None:
         "Count an HTTP reply. `path` must be a route, not what a client wrote, or series would grow without bound."
-        self._of(self._requests, method, path, str(status)).inc()
-        self._of(self._seconds, method, path).observe(seconds)
+        with self._ledger.lock:
+            self._add(1, "http_requests_total", method, path, str(status))
+            self._time(seconds, "http_request_duration_seconds", method, path)
+
+    def close(self) -> None:
+        "Give back the file of this worker."
+        self._ledger.close()
 
     def render(self) -> bytes:
         "The page that Prometheus reads, in its text format 0.0.4."
-        page: bytes
-        registry = self._prom.CollectorRegistry()
-        if self._folder is not None:
-            from prometheus_client.multiprocess import MultiProcessCollector
-            registry.register(_Whole(MultiProcessCollector(None, path=str(self._folder)).collect, self))
-            with FileLock(self._folder / "lock"):
-                page = self._prom.generate_latest(registry)
-        else:
-            registry.register(_Whole(self._own.collect, self))
-            page = self._prom.generate_latest(registry)
+        import prometheus_client
+        page: bytes = prometheus_client.generate_latest(_Page(self))
         return page
 
-# %% ../nbs/70_metrics.ipynb #2fc7aba8
-class _Whole:
-    "All families, and those that are made from them."
+# %% ../nbs/70_metrics.ipynb #dec59a2a
+class _Page:
+    "All families, as `prometheus-client` asks a registry for them."
 
-    def __init__(self, collect: Callable[[], Iterable[Any]], metrics: _Meters) -> None:
-        self._collect, self._metrics = collect, metrics
+    def __init__(self, metrics: _Meters) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Any]:
-        from prometheus_client.core import GaugeMetricFamily
-        sums = dict.fromkeys(("cache_hits_total", "cache_misses_total"), 0.0)
-        for family in self._collect():
-            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-            yield family
-            for sample in family.samples:
-                if sample.name in sums:
-                    sums[sample.name] += sample.value
-        hits, lookups = sums["cache_hits_total"], sum(sums.values())
-        yield GaugeMetricFamily("cache_hit_rate", METRICS["cache_hit_rate"], value=round(100 * hits / lookups, 2) if lookups else 0.0)
-        yield GaugeMetricFamily("cache_store_up", METRICS["cache_store_up"], value=float(self._metrics._store_up()))
-        info = GaugeMetricFamily("aurea_info", METRICS["aurea_info"], labels=["version"])
+        from prometheus_client import core
+        total = self._metrics._ledger.total()
+        for name, labels in _COUNTERS.items():
+            counter = core.CounterMetricFamily(name, METRICS[name], labels=labels)
+            for (whose, *values), cells in total.items():
+                if whose == name:
+                    counter.add_metric(values, cells[0])
+            yield counter
+        for name, labels in _TIMES.items():
+            times = core.HistogramMetricFamily(name, METRICS[name], labels=labels)
+            for (whose, *values), (seconds, *counts) in total.items():
+                if whose == name:
+                    bounds = (*map(str, _BUCKETS), "+Inf")
+                    times.add_metric(values, list(zip(bounds, accumulate(counts))), seconds)
+            yield times
+        yield core.GaugeMetricFamily("cache_hit_rate", METRICS["cache_hit_rate"], value=_rate(total))
+        yield core.GaugeMetricFamily("cache_store_up", METRICS["cache_store_up"], value=float(self._metrics._store_up()))
+        info = core.GaugeMetricFamily("aurea_info", METRICS["aurea_info"], labels=["version"])
         info.add_metric([self._metrics._version], 1.0)
         yield info
+
+
+def _rate(total: Mapping[Name, Sequence[float]]) -> float:
+    "Hits in percent of hits and misses."
+    hits, misses = (sum(cells[0] for (whose, *_), cells in total.items() if whose == f"cache_{what}_total") for what in ("hits", "misses"))
+    return round(100 * hits / (hits + misses), 2) if hits + misses else 0.0

@@ -22,7 +22,7 @@ from .stores.base import Store
 from .streams import Streams
 
 # %% auto #0
-__all__ = ['Request', 'Reply', 'Workings', 'tell', 'count']
+__all__ = ['Request', 'Reply', 'Workings', 'tell', 'count', 'ended']
 
 # %% ../nbs/47_request.ipynb #126d39bf
 @dataclass(slots=True)
@@ -100,7 +100,7 @@ if hasattr(os, "register_at_fork"):
 # %% ../nbs/47_request.ipynb #040f875d
 def tell(cache: Workings, step: str, kind: str, began: float, error: BaseException | None = None) -> None:
     "Tell the listeners that a step was done."
-    if cache.bus:
+    if cache.bus.listeners:
         cache.bus.tell(Event(step, kind, cache.clock.tick() - began, error=type(error).__name__ if error else None))
 
 
@@ -110,6 +110,11 @@ def count(cache: Workings, request: Request, outcomes: Iterable[Outcome]) -> Non
     for outcome in outcomes:
         totals[outcome] = totals.get(outcome, 0) + 1
     for outcome, n in totals.items():
-        cache.counts.add(request.kind, outcome, n, request.tally)
-        if cache.bus:
-            cache.bus.tell(Event("reply", request.kind, outcome=outcome, count=n))
+        ended(cache, request.kind, outcome, n, request.tally)
+
+
+def ended(cache: Workings, kind: str, outcome: Outcome, n: int, tally: Tally) -> None:
+    "Count so many lookups that ended alike, and tell who listens."
+    cache.counts.add(kind, outcome, n, tally)
+    if cache.bus.listeners:
+        cache.bus.tell(Event("reply", kind, outcome=outcome, count=n))

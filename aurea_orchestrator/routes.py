@@ -5,11 +5,9 @@
 # %% ../nbs/72_routes.ipynb #e24aaf3c
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -18,21 +16,24 @@ from fastapi.exceptions import HTTPException
 from fastapi.security import APIKeyHeader
 
 from . import keys
+from .asked import Asked, Seen
 from .auth import allowed
 from .backends.base import Backend
 from .cache import Cache, answer
 from .effects import Effect, adrive
 from .errors import BackendError, BackendRefusedError, BackendTimeoutError, ConfigError, StoreError, UnkeyableError
-from .events import HITS, Event, Outcome
+from .events import Outcome, Tally
 from .forms import canonical
+from .headers import cache_headers
 from .metrics import Metrics
-from .request import Reply, Request as CacheRequest
+from .openapi import answers, described
+from .request import Reply, Request as CacheRequest, tell
 
 # %% auto #0
-__all__ = ['Authorized', 'ASK', 'LOOK', 'CACHE', 'House', 'open_house', 'BadRequest', 'read_body', 'read_parameters', 'read_json',
-           'take_text', 'take_texts', 'take_flag', 'Ask', 'keys_of', 'generate', 'embed', 'headers_of', 'failure',
-           'respond', 'described', 'answers', 'authorized', 'llm_generate', 'embedding_generate', 'root', 'health',
-           'ready', 'metrics', 'cache_stats', 'cache_clear']
+__all__ = ['Authorized', 'ASK', 'LOOK', 'CACHE', 'House', 'open_house', 'BadRequest', 'has_body', 'read_body', 'parameters',
+           'read_json', 'take_text', 'take_texts', 'take_flag', 'Ask', 'keys_of', 'Prompt', 'Texts', 'Ready', 'failure',
+           'respond', 'authorized', 'llm_generate', 'embedding_generate', 'root', 'health', 'ready', 'metrics',
+           'cache_stats', 'cache_clear']
 
 # %% ../nbs/72_routes.ipynb #1ed695e0
 @dataclass
@@ -47,12 +48,13 @@ class House:
     max_body: int
     version: str
     notes: list[str] = field(default_factory=list)  # What a person should know: demo backend, open door
+    seen: Seen = field(default_factory=Seen)
+    tally: Tally = field(default_factory=Tally)     # Of all requests
 
 
 async def open_house(request: Request) -> House:
     "The house of this app, opened on first use if its lifespan has not."
-    house: House = await request.app.state.open()
-    return house
+    return cast(House, await request.app.state.open())
 
 # %% ../nbs/72_routes.ipynb #be703e82
 class BadRequest(HTTPException):
@@ -62,10 +64,18 @@ class BadRequest(HTTPException):
         super().__init__(status, detail, headers={"X-Cache": Outcome.ERROR.value})
 
 
+def has_body(request: Request) -> bool:
+    "Whether there is anything to read: HTTP/1 says so in a header (RFC 9112, section 6)."
+    for name, value in request.scope["headers"]:
+        if name == b"transfer-encoding" or (name == b"content-length" and value != b"0"):
+            return True
+    return bool(request.scope["http_version"][0] != "1")
+
+
 async def read_body(request: Request, most: int) -> bytes:
     "The body, if it is not too large. What is too large is read to its end and thrown away, so that the client hears the answer."
-    if request.scope["http_version"][0] == "1" and not {"content-length", "transfer-encoding"} & set(request.headers):
-        return b""  # HTTP/1 says when there is a body (RFC 9112, section 6)
+    if not has_body(request):
+        return b""
     body, size = bytearray(), 0
     async for chunk in request.stream():
         size += len(chunk)
@@ -78,7 +88,7 @@ async def read_body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 # %% ../nbs/72_routes.ipynb #59dd182a
-async def read_parameters(request: Request, most: int, known: Sequence[str]) -> dict[str, Any]:
+def parameters(request: Request, body: bytes, known: Sequence[str]) -> dict[str, Any]:
     "The parameters of a request: `known` ones from the query, any from a JSON body."
     given: dict[str, Any] = {}
     for name, value in parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True):
@@ -87,7 +97,7 @@ async def read_parameters(request: Request, most: int, known: Sequence[str]) -> 
         if name in given:
             raise BadRequest(422, f"query parameter {name!r} is given twice; a list goes into a JSON body")
         given[name] = value
-    if body := await read_body(request, most):
+    if body:
         for name, value in read_json(body, request.headers.get("content-type", "")).items():
             if name in given:
                 raise BadRequest(422, f"{name!r} is given in the query and in the body; give it once")
@@ -153,81 +163,80 @@ class Ask(Effect):
         return await self.answer()
 
 
-def keys_of(house: House, kind: str, backend: Backend, asked: Sequence[Mapping[str, Any]]) -> list[str]:
+def keys_of(kind: str, backend: Backend, asked: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     "The key of each thing that is asked."
-    began = time.perf_counter()
     try:
-        made = [keys.make(kind, ["http", backend.identity], canonical(dict(one))) for one in asked]
+        return tuple(keys.make(kind, ["http", backend.identity], canonical(dict(one))) for one in asked)
     except UnkeyableError as error:
         raise BadRequest(422, str(error)) from None
-    house.cache.bus.tell(Event("key", kind, time.perf_counter() - began))
-    return made
 
 # %% ../nbs/72_routes.ipynb #67830049
-async def generate(house: House, given: dict[str, Any]) -> tuple[list[Reply], bytes]:
-    "Answer a prompt: the reply and the body, which is what is stored."
-    backend, fresh = house.llm, take_flag(given, "bypass_cache")
-    prompt, context = take_text(given, "prompt"), take_text(given, "context", "")
-    model = backend.resolve(take_text(given, "model", "default") or None)
-    if given.get("stream"):
-        raise BadRequest(422, "'stream' is not spoken here; leave it out")
-    whole: list[bool] = []
+class Prompt:
+    "A prompt; what is stored is the body."
 
-    async def ask() -> list[bytes]:
-        said = await backend.generate(prompt, context, model, **given)
-        whole.append(said.complete)
-        facts = {"response": said.response, "model": said.model, "backend": backend.name}
+    kind, name, known, whole = "llm", "/llm/generate", ("prompt", "context", "model", "bypass_cache"), True
+
+    def __init__(self, house: House, given: dict[str, Any]) -> None:
+        self.backend, self.fresh = house.llm, take_flag(given, "bypass_cache")
+        self.prompt, self.context = take_text(given, "prompt"), take_text(given, "context", "")
+        self.model, self.params = self.backend.resolve(take_text(given, "model", "default") or None), given
+        if given.get("stream"):
+            raise BadRequest(422, "'stream' is not spoken here; leave it out")
+
+    def asked(self) -> Asked:
+        "Where its answer is."
+        one = {"prompt": self.prompt, "context": self.context, "model": self.model, "params": self.params}
+        return Asked(keys_of(self.kind, self.backend, [one]), self.model, fresh=self.fresh)
+
+    async def answers(self, places: Sequence[int], meta: dict[str, Any]) -> list[bytes]:
+        "The backend's answer, as the body of a reply."
+        said = await self.backend.generate(self.prompt, self.context, self.model, **self.params)
+        self.whole = said.complete
+        facts = {"response": said.response, "model": said.model, "backend": self.backend.name}
         return [msgspec.json.encode({**said.extra, **facts, "finish_reason": said.finish_reason, "usage": said.usage})]
 
-    asked = keys_of(house, "llm", backend, [{"prompt": prompt, "context": context, "model": model, "params": given}])
-    request = CacheRequest(
-        "llm", asked, lambda _: Ask(ask), house.cache.ttl_of("llm"),
-        name="/llm/generate", bypass=fresh, keep=lambda _: all(whole), early=1.0, meta={"name": "/llm/generate"},
-    )  # fmt: skip
-    replies = await answer(house.cache, request)
-    return replies, replies[0].value
+    @staticmethod
+    def body(house: House, asked: Asked, replies: Sequence[Reply]) -> bytes:
+        "What is stored."
+        return bytes(replies[0].value)
 
 # %% ../nbs/72_routes.ipynb #62a4c2cd
-async def embed(house: House, given: dict[str, Any]) -> tuple[list[Reply], bytes]:
-    "Embed a text or a list of texts: the replies and the body."
-    backend, fresh = house.embedding, take_flag(given, "bypass_cache")
-    texts, several = take_texts(given, "text")
-    model = backend.resolve(take_text(given, "model", "default") or None)
+class Texts:
+    "A text, or a list of texts."
 
-    async def vectors(places: Sequence[int]) -> list[list[float]]:
-        made = await backend.embed([texts[place] for place in places], model, **given)
-        request.meta["model"] = made.model
+    kind, name, known, whole = "embedding", "/embedding/generate", ("text", "model", "bypass_cache"), True
+
+    def __init__(self, house: House, given: dict[str, Any]) -> None:
+        self.backend, self.fresh = house.embedding, take_flag(given, "bypass_cache")
+        self.texts, self.several = take_texts(given, "text")
+        self.model, self.params = self.backend.resolve(take_text(given, "model", "default") or None), given
+
+    def asked(self) -> Asked:
+        "Where its answers are."
+        each = [{"text": text, "model": self.model, "params": self.params} for text in self.texts]
+        return Asked(keys_of(self.kind, self.backend, each), self.model, self.several, self.fresh)
+
+    async def answers(self, places: Sequence[int], meta: dict[str, Any]) -> list[list[float]]:
+        "The backend's vectors for those of its texts."
+        made = await self.backend.embed([self.texts[place] for place in places], self.model, **self.params)
+        meta["model"] = made.model
         return made.vectors
 
-    asked = keys_of(house, "embedding", backend, [{"text": text, "model": model, "params": given} for text in texts])
-    request = CacheRequest(
-        "embedding", asked, lambda places: Ask(lambda: vectors(places)), house.cache.ttl_of("embedding"),
-        name="/embedding/generate", bypass=fresh, early=1.0, meta={"name": "/embedding/generate"},
-    )  # fmt: skip
-    replies = await answer(house.cache, request)
-    facts = {"model": replies[0].meta.get("model", model), "backend": backend.name, "dimensions": len(replies[0].value)}
-    return replies, msgspec.json.encode({"embedding": [reply.value for reply in replies] if several else replies[0].value, **facts})
+    @staticmethod
+    def body(house: House, asked: Asked, replies: Sequence[Reply]) -> bytes:
+        "The vectors, or the one vector."
+        vectors = [reply.value for reply in replies]
+        facts = {"model": replies[0].meta.get("model", asked.model), "backend": house.embedding.name, "dimensions": len(vectors[0])}
+        return msgspec.json.encode({"embedding": vectors if asked.several else vectors[0], **facts})
 
 # %% ../nbs/72_routes.ipynb #a0ff334e
-_FORWARDED = {Outcome.MISS: "fwd=miss", Outcome.SHARED: "fwd=miss; collapsed", Outcome.BYPASS: "fwd=request"}
+class Ready(Response):
+    "A JSON reply of status 200, ready to be sent."
 
-
-def headers_of(house: House, replies: Sequence[Reply]) -> dict[str, str]:
-    "What the headers say of how a request was answered."
-    now, outcomes = house.cache.clock.now(), {reply.outcome for reply in replies}
-    outcome = next((one for one in (Outcome.BYPASS, Outcome.MISS, Outcome.SHARED, Outcome.STALE) if one in outcomes), Outcome.HIT)
-    oldest = min(replies, key=lambda reply: reply.born or now)
-    said = ["aurea", _FORWARDED.get(outcome, "hit") if house.cache.enabled else "fwd=bypass"]
-    if outcome in (Outcome.MISS, Outcome.BYPASS) and all(reply.ttl for reply in replies):
-        said.append("stored")
-    if oldest.ttl:
-        said.append(f"ttl={ceil(oldest.born + oldest.ttl - now)}")
-    if len(replies) == 1:
-        said.append(f'key="{replies[0].key}"')
-    hits = sum(reply.outcome in HITS for reply in replies)
-    counts = {"X-Cache-Hits": str(hits), "X-Cache-Misses": str(len(replies) - hits)} if len(replies) > 1 else {}
-    age = max(0, int(now - oldest.born)) if oldest.born else 0
-    return {"X-Cache": outcome.value, "Age": str(age), "Cache-Status": "; ".join(said), **counts}
+    def __init__(self, body: bytes, headers: Mapping[str, str]) -> None:
+        self.status_code, self.background, self.body = 200, None, body
+        self.raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self.raw_headers += (b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")
 
 # %% ../nbs/72_routes.ipynb #b67b606a
 def failure(error: BackendError) -> HTTPException:
@@ -242,44 +251,41 @@ def failure(error: BackendError) -> HTTPException:
         return HTTPException(error.status, f"upstream refused the request: {error}", headers)
     return HTTPException(502, f"upstream failed: {error}", headers)
 
+# %% ../nbs/72_routes.ipynb #42d4e56f
+async def respond(request: Request, ask: type[Prompt] | type[Texts]) -> Response:
+    "request → key → … → reply"
+    house = await open_house(request)
+    cache, kind = house.cache, ask.kind
+    question: Prompt | Texts | None = None
 
-async def respond(house: House, request: Request, kind: str, ask: Callable[..., Any], known: Sequence[str]) -> Response:
-    "Read, ask, reply."
-    began, bus = time.perf_counter(), house.cache.bus
-    given = await read_parameters(request, house.max_body, known)
-    bus.tell(Event("request", kind, time.perf_counter() - began))
+    def read() -> Prompt | Texts:
+        return ask(house, parameters(request, raw[2], ask.known))
+
+    async def compute(places: Sequence[int]) -> Sequence[Any]:
+        nonlocal question
+        question = question or read()
+        return await question.answers(places, meta)
+
+    began = cache.clock.tick()
+    raw, meta = (kind, request.scope["query_string"], await read_body(request, house.max_body)), {"name": ask.name}
+    tell(cache, "request", kind, began)
+    began = cache.clock.tick()
+    if (asked := house.seen.get(raw)) is None:
+        question = read()
+        house.seen.keep(raw, asked := question.asked())
+    tell(cache, "key", kind, began)
+    call = CacheRequest(
+        kind, asked.keys, lambda places: Ask(lambda: compute(places)), cache.ttl_of(kind), name=ask.name,
+        bypass=asked.fresh, keep=lambda _: question is None or question.whole, tally=house.tally, early=1.0, meta=meta,
+    )  # fmt: skip
     try:
-        replies, body = await ask(house, given)
+        replies = await answer(cache, call)
     except BackendError as error:
         raise failure(error) from None
-    began = time.perf_counter()
-    response = Response(body, media_type="application/json", headers=headers_of(house, replies))
-    bus.tell(Event("reply", kind, time.perf_counter() - began))
+    began = cache.clock.tick()
+    response = Ready(ask.body(house, asked, replies), cache_headers(replies, cache.clock.now(), cache.enabled))
+    tell(cache, "reply", kind, began)
     return response
-
-# %% ../nbs/72_routes.ipynb #42d4e56f
-def described(name: str, sentence: str, example: dict[str, Any], many: bool = False) -> dict[str, Any]:
-    "The OpenAPI of an endpoint that takes its parameters from the query or a JSON body."
-    text: dict[str, Any] = {"type": "string", "description": sentence}
-    either = {"oneOf": [text, {"type": "array", "items": {"type": "string"}}]} if many else text
-    rest = {
-        "model": {"type": "string", "default": "default", "description": "Which model; `default` is the configured one."},
-        "bypass_cache": {"type": "boolean", "default": False, "description": "Skip the lookup, compute, and store the new answer."},
-    }
-    if name == "prompt":
-        rest = {"context": {"type": "string", "default": "", "description": "What the model should know or be."}, **rest}
-    query = [{"name": one, "in": "query", "required": False, "schema": schema} for one, schema in {name: text, **rest}.items()]
-    schema = {"type": "object", "properties": {name: either, **rest}, "required": [name], "additionalProperties": True}
-    body = {"application/json": {"schema": schema, "example": example}}
-    return {"parameters": query, "requestBody": {"required": False, "content": body}}
-
-
-def answers(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    "What an endpoint replies, by status."
-    said = {400: "Not JSON.", 413: "Body too large.", 415: "Not JSON.", 422: "A parameter is missing or wrong."}
-    said |= {429: "Upstream is busy.", 502: "Upstream failed.", 504: "Upstream was too slow."}
-    ok = {"description": "The answer. The outcome is in the header `X-Cache`.", "content": {"application/json": {"example": example}}}
-    return {200: ok, **{status: {"description": sentence} for status, sentence in said.items()}}
 
 # %% ../nbs/72_routes.ipynb #a43cc28e
 _HEADER = APIKeyHeader(name="X-API-Key", auto_error=False, description="One of `API_KEY`; needed where that is set.")
@@ -305,7 +311,7 @@ ASK = APIRouter(tags=["ask"])
 )  # fmt: skip
 async def llm_generate(request: Request) -> Response:
     "Answered from the cache when the same was asked before; further OpenAI parameters may stand in the JSON body and are part of the key."
-    return await respond(await open_house(request), request, "llm", generate, ("prompt", "context", "model", "bypass_cache"))
+    return await respond(request, Prompt)
 
 
 @ASK.post(
@@ -315,7 +321,7 @@ async def llm_generate(request: Request) -> Response:
 )  # fmt: skip
 async def embedding_generate(request: Request) -> Response:
     "Only texts that were not embedded before are sent upstream, in one call."
-    return await respond(await open_house(request), request, "embedding", embed, ("text", "model", "bypass_cache"))
+    return await respond(request, Texts)
 
 # %% ../nbs/72_routes.ipynb #4f6a6944
 LOOK = APIRouter(tags=["look"])
@@ -377,7 +383,7 @@ _CLEAR = [{"name": name, "in": "query", "required": False, "schema": {"type": "s
 @CACHE.post("/clear", summary="Forget answers", openapi_extra={"parameters": _CLEAR})
 async def cache_clear(house: Authorized, request: Request) -> dict[str, Any]:
     "Remove our entries, all or those of a `kind` or `namespace` (query or JSON body); touches nothing else that is in the store."
-    given = await read_parameters(request, house.max_body, ("kind", "namespace"))
+    given = parameters(request, await read_body(request, house.max_body), ("kind", "namespace"))
     chosen = {name: take_text(given, name) for name in ("kind", "namespace") if name in given}
     if given:
         raise BadRequest(422, f"unknown parameter {', '.join(sorted(given))}; known: kind, namespace")

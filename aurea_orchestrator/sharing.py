@@ -12,7 +12,7 @@ from .stores.base import Item, Store, Told
 _ONE, _OTHER = f"llm:{1:064x}", f"llm:team:{2:064x}"
 
 # %% auto #0
-__all__ = ['LeaseTests', 'EndTests', 'TapeTests']
+__all__ = ['LeaseTests', 'EndTests', 'TapeTests', 'KeepingTests']
 
 # %% ../nbs/89_sharing.ipynb #3ddb3f53
 class LeaseTests(Suite):
@@ -29,7 +29,8 @@ class LeaseTests(Suite):
     def test_entry_comes_instead(self, store: Store) -> Flow[None]:
         yield from store.put_many([Item(_ONE, b"there", 60)])
         assert (yield from store.acquire([_ONE, _OTHER], "a", 60)) == [(b"there", False), (None, True)]
-        assert (yield from store.acquire([_ONE, _OTHER], "b", 60, True)) == [(b"there", True), (None, False)]  # By force, but not from its owner
+        forced = yield from store.acquire([_ONE, _OTHER], "b", 60, True)
+        assert forced == [(b"there", True), (None, False)]  # By force, but not from its owner
 
     @both_ways
     def test_settle(self, store: Store) -> Flow[None]:
@@ -97,6 +98,10 @@ class TapeTests(Suite):
         assert (yield from store.relay(_ONE, "run", 1, [b"zombie"], 60)) == -1
         assert (yield from store.follow(_ONE, "next", 0)) == Told("next", [b"new"], True)
         assert (yield from store.follow(_ONE, "run", 0)) == Told("run", [], False)
+
+# %% ../nbs/89_sharing.ipynb #889c4650
+class KeepingTests(Suite):
+    "How long a tape is kept."
 
     @both_ways
     def test_is_kept_for_a_while(self, store: Store) -> Flow[None]:

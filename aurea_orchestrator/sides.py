@@ -9,7 +9,7 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -60,6 +60,18 @@ async def _finish(end: AsyncGenerator[None, None]) -> None:
         await end.aclose()
 
 # %% ../nbs/06_sides.ipynb #bce77edc
+_forks = 0
+
+
+def _after_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+# %% ../nbs/06_sides.ipynb #932b0e65
 class _Sides:
     "The sides of a client."
 
@@ -73,11 +85,11 @@ class _Sides:
 
     def _renew(self) -> None:
         self._threads, self._seats = self.blocking(), _Seats()
-        self._pid = os.getpid()
+        self._born = _forks
 
     def threads(self) -> _Blocking:
         "The side of the threads of this process."
-        if self._pid != os.getpid():
+        if self._born != _forks:
             self._inherited += [self._threads, self._seats]
             self._renew()
         return self._threads
@@ -109,8 +121,8 @@ class _Word(Effect):
     def do(self) -> Any:
         return getattr(self.sides.threads(), self.word)(*self.args)
 
-    def ado(self) -> Coroutine[Any, Any, Any]:
-        said: Coroutine[Any, Any, Any] = getattr(self.sides.seat(), self.word)(*self.args)
+    def ado(self) -> Awaitable[Any]:
+        said: Awaitable[Any] = getattr(self.sides.seat(), self.word)(*self.args)
         return said
 
 # %% ../nbs/06_sides.ipynb #6677e9a6

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from .contract import ChangeTests, CounterTests, CrowdTests, EntryTests, LifeTests, ScanTests, ThreadTests, TimeTests
-from .sharing import EndTests, LeaseTests, TapeTests
+from .sharing import EndTests, KeepingTests, LeaseTests, TapeTests
 
 # %% auto #0
 __all__ = ['StoreSuite', 'LeaseSuite', 'BackendSuite']
@@ -16,7 +16,7 @@ class StoreSuite(EntryTests, ChangeTests, TimeTests, ScanTests, CounterTests, Li
     "What every store guarantees, as tests: subclass it as `TestMyStore` and give it a fixture `store`."
 
 
-class LeaseSuite(LeaseTests, EndTests, TapeTests):
+class LeaseSuite(LeaseTests, EndTests, TapeTests, KeepingTests):
     "What a store guarantees to processes that agree by it, if it does; used in the same way."
 
 # %% ../nbs/90_testing.ipynb #7e492ffd

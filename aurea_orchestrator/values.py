@@ -12,7 +12,7 @@ import struct
 import sys
 import uuid
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -28,7 +28,8 @@ from .errors import UnstorableError
 from .records import Shape, made, member, ref_of, shape_of, taken, type_of
 
 # %% auto #0
-__all__ = ['TREE', 'TEXT', 'BYTES', 'INT', 'BYTEARRAY', 'FLOAT64', 'FLOAT32', 'ARRAY', 'stack', 'to_payload', 'from_payload']
+__all__ = ['TREE', 'TEXT', 'BYTES', 'INT', 'BYTEARRAY', 'FLOAT64', 'FLOAT32', 'ARRAY', 'unpack', 'joined', 'stack', 'to_payload',
+           'from_payload']
 
 # %% ../nbs/19_values.ipynb #870ef2bb
 TREE, TEXT, BYTES, INT, BYTEARRAY, FLOAT64, FLOAT32, ARRAY = range(8)
@@ -252,12 +253,26 @@ def _scalar(parts: list[Any]) -> Any:
     return np.ndarray((), dtype, data)[()]
 
 # %% ../nbs/19_values.ipynb #7490a2d9
+def joined(
+    payloads: Sequence[memoryview],  # Of arrays, one or more
+) -> Any:                            # One array, a dimension more; None if they differ in their layout, or it is not one of rows
+    "Arrays as the rows of one array, from their bytes."
+    one = payloads[0]
+    start = 2 + one[0] + 256 * one[1]
+    line = bytes(one[:start])
+    ndarray, sizes, dtype, order, nbytes = _layout(line[2:])
+    if not sizes or order != "C" or any(len(other) != start + nbytes or other[:start] != line for other in payloads):
+        return None
+    return ndarray((len(payloads), *sizes), dtype, bytearray().join([other[start:] for other in payloads]))
+
+
 def stack(
     rows: list[Any],  # Arrays of one shape
 ) -> Any:             # One array, a dimension more
     "Arrays as the rows of one array."
     import numpy as np
-    return np.stack(rows)
+    same = len({row.dtype.str for row in rows}) == 1
+    return np.stack(rows, dtype=rows[0].dtype if same else None)  # By itself it would change the byte order
 
 # %% ../nbs/19_values.ipynb #1558cc0c
 def _record_parts(value: Any, shape: Shape, depth: int) -> list[Any]:
@@ -339,7 +354,7 @@ def _wrapped(code: int, data: bytes | memoryview) -> Any:
     raise ValueError("a code of a later version")
 
 
-_unpack = msgspec.msgpack.Decoder(ext_hook=_wrapped).decode
+unpack: Callable[[bytes | memoryview], Any] = msgspec.msgpack.Decoder(ext_hook=_wrapped).decode  # A `TREE`
 _unpack_list = msgspec.msgpack.Decoder(list, ext_hook=_wrapped).decode
 
 # %% ../nbs/19_values.ipynb #4ff445a7
@@ -362,7 +377,7 @@ def to_payload(
 
 def from_payload(
     form: int,                   # What `to_payload` said
-    payload: bytes,              # The payload
+    payload: bytes | memoryview, # The payload
 ) -> Any:                        # A fresh value
     "The value of a payload that was checked."
-    return _unpack(payload) if form == TREE else _wrapped(form, payload)
+    return unpack(payload) if form == TREE else _wrapped(form, payload)

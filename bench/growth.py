@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from bench.cases import Lab
 from bench.hits import SURE
 from bench.http import OURS, loaded, served
 
-Figure = dict[str, Any]   # title, x, unit, at, series: {name: [one for each of `at`]}
+Figure = dict[str, Any]   # title, x, unit, at, series: {name: [one for each of `at`]}; None where too little was seen to say
 
 
 def urls(lab: Lab) -> dict[str, str]:
@@ -97,16 +98,20 @@ def fill(cache: Cache, n: int) -> None:
 
 
 def reads(cache: Cache, warm: Callable[[], None], stop: Callable[[], bool]) -> list[tuple[float, float]]:
-    "When, and µs of each hit until told to stop: one entry of another kind, which a clear leaves alone."
+    """When each hit was due, and µs from then on, until told to stop: one entry of another kind, which a clear leaves alone.
+
+    Counted from when it was due, since who must wait for the interpreter before it can even ask waits too.
+    """
     @cached("other", cache=cache)
     def other(what: str) -> str: return what * 100
 
     other("x"), other("x"), warm()
-    taken = []
+    taken, due = list[tuple[float, float]](), time.monotonic()
     while not stop():
-        began = time.monotonic(); other("x")
-        taken.append((began, (time.monotonic() - began) * 1e6))
-        time.sleep(0.0005)                                                  # As a caller does, who does something with it
+        time.sleep(max(0.0, due - time.monotonic()))
+        other("x")
+        taken.append((due, ((now := time.monotonic()) - due) * 1e6))
+        due = now + 0.0005                                                  # As a caller does, who does something with it
     return taken
 
 
@@ -128,10 +133,16 @@ def reader(lab: Lab, name: str, url: str, cache: Cache) -> Iterator[dict[str, An
         saw["taken"] = json.loads(process.communicate("stop\n", timeout=30)[0])
 
 
-def slowest(taken: list[tuple[float, float]], spans: list[tuple[float, float]]) -> float:
-    "The 99th percentile of the hits that began or ended in these spans of time."
-    seen = sorted(us for at, us in taken if any(at + us / 1e6 > begin and at < end for begin, end in spans)) or [float("nan")]
-    return seen[int(len(seen) * 0.99)]
+def slowest(taken: list[tuple[float, float]], spans: list[tuple[float, float]]) -> float | None:
+    "The 99th percentile of the hits that met one of these spans of time; None if that were a guess."
+    starts = [begin for begin, _ in spans]
+
+    def met(at: float, us: float) -> bool:
+        before = bisect(starts, at + us / 1e6)                              # The last that began before the hit ended
+        return before > 0 and spans[before - 1][1] > at
+
+    seen = sorted(us for at, us in taken if met(at, us))
+    return seen[int(len(seen) * 0.99)] if len(seen) >= 100 else None
 
 
 def entries(lab: Lab) -> Iterator[Figure]:
@@ -153,7 +164,7 @@ def entries(lab: Lab) -> Iterator[Figure]:
                 quiet = time.monotonic()
                 time.sleep(0.3)
                 quiet_till = time.monotonic()
-                while len(spans) < 30 and sum(end - begin for begin, end in spans) < 0.1:   # Short ones several times
+                while time.monotonic() < quiet_till + 10 and sum(end - begin for begin, end in spans) < 1:  # Short ones often
                     if spans: fill(cache, n)
                     began, removed = time.monotonic(), cache.clear("entries")
                     spans.append((began, time.monotonic()))

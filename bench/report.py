@@ -37,7 +37,7 @@ def machine(redis_version: str) -> dict[str, Any]:
 
 def short(value: float | None) -> str:
     "Three digits that count."
-    if value is None: return ""
+    if value is None: return "–"
     if value == 0 or not math.isfinite(value): return f"{value:g}"
     places = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{places}f}"
@@ -67,7 +67,7 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], left: int = 2) ->
 def ratios(rows: Sequence[Row]) -> str:
     "The rows of the budgets, and those beside them."
     def line(r: Row) -> list[str]:
-        sides = [f"{short(r['ours'])} {r['unit']}", short(r["theirs"])]
+        sides = [f"{short(r['ours'])} {r['unit']}", "" if r["theirs"] is None else short(r["theirs"])]
         return [r["name"], r["against"], *sides, figure(r), spread(r), short(r["best"]), budget(r), verdict(r)]
     return table(("what", "beside", "ours", "theirs", "ratio", "least–most", "best", "budget", ""), list(map(line, rows)))
 
@@ -124,7 +124,7 @@ def curves(grown: Sequence[Row]) -> str:
     for n, one in enumerate(grown):
         x0, y0 = (n % across) * wide + 46, (n // across) * high + 34
         w, h = wide - 76, high - 99
-        seen = [v for values in one["series"].values() for v in values if v > 0]
+        seen = [v for values in one["series"].values() for v in values if v and v > 0]
         bottom, top = math.floor(math.log10(min(seen))), max(math.ceil(math.log10(max(seen))), math.floor(math.log10(min(seen))) + 1)
         first, last = math.log10(one["at"][0]), math.log10(one["at"][-1])
 
@@ -143,7 +143,7 @@ def curves(grown: Sequence[Row]) -> str:
         out += [text(across_at(x), y0 + h + 13, power_of(x), 'text-anchor="middle" opacity="0.6"') for x in one["at"]]
         room = w / min(3, len(one["series"])) + 12
         for k, (name, values) in enumerate(one["series"].items()):
-            points = " ".join(f"{across_at(x):.0f},{down_at(y):.0f}" for x, y in zip(one["at"], values, strict=True))
+            points = " ".join(f"{across_at(x):.0f},{down_at(y):.0f}" for x, y in zip(one["at"], values, strict=True) if y is not None)
             out += [f'<polyline points="{points}" fill="none" stroke="{COLORS[k]}" stroke-width="2"/>',
                     text(x0 - 30 + room * (k % 3), y0 + h + 27 + 13 * (k // 3), name, f'fill="{COLORS[k]}"')]
     return svg(across * wide, -(-len(grown) // across) * high + 10, out, "How the cost grows")

@@ -15,11 +15,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from bench import embeddings, footprint, growth, hits, http, report, trips
+from bench import embeddings, footprint, growth, hits, http, proxy, report, trips
 from bench.cases import ROOT, Lab
 
 PARTS: tuple[Callable[[Lab], Any], ...] = (
-    *hits.CASES, *trips.CASES, *embeddings.CASES, *http.CASES, *footprint.CASES, *growth.FIGURES, *hits.LAST,
+    *hits.CASES, *trips.CASES, *embeddings.CASES, *http.CASES, *footprint.CASES, *growth.FIGURES, *proxy.CASES,
+    *hits.LAST,
 )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ class Load:
     def prompt(self) -> str:
         if self._chance.random() < 0.5: return f"common {self._chance.randrange(30)}"
         self._new += 1
-        return f"new {self._new}"
+        return f"new {self._new // 3}"  # which others ask for at the same time
 
     async def _customer(self) -> None:
         while time.monotonic() < self._until:

@@ -8,6 +8,8 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
+from aurea_orchestrator import Cache, routes
+from aurea_orchestrator.asked import Asked, Seen
 from aurea_orchestrator.config import Settings
 from aurea_orchestrator.main import create_app
 from tests.upstream import Upstream, expected, vector
@@ -256,3 +258,100 @@ async def test_a_user_function_answers(make, tmp_path, monkeypatch):
     refused = await client.post("/llm/generate", json={"prompt": "hi", "temperature": 1})
     assert refused.status_code == 400 and "temperature" in refused.json()["detail"]
     assert (await client.post("/embedding/generate", json={"text": ["a", "bb"]})).json()["embedding"] == [[1.0, 0.5], [2.0, 0.5]]
+
+
+async def test_the_same_bytes_are_read_once_and_answered_alike(make, upstream, monkeypatch):
+    read, parameters = [], routes.parameters
+    monkeypatch.setattr(routes, "parameters", lambda *given: read.append(1) or parameters(*given))
+    client = make(**base(upstream))
+    for how in ({"params": {"prompt": "ü", "context": "c"}}, {"json": {"prompt": "ü", "context": "d"}}):
+        replies, before = [await client.post("/llm/generate", **how) for _ in range(4)], len(read)
+        assert [r.headers["x-cache"] for r in replies] == ["miss", "hit", "hit", "hit"] and len({r.content for r in replies}) == 1
+        assert len({r.headers["cache-status"].partition("key=")[2] for r in replies}) == 1
+        await client.post("/cache/clear")
+        again = await client.post("/llm/generate", **how)  # remembered, and computed from its parameters all the same
+        assert again.headers["x-cache"] == "miss" and again.json() == replies[0].json() and len(read) == before + 2  # one of them for the clear
+    assert len(read) == 2 * 3 and upstream.calls()["chat"] == 4
+
+
+async def test_what_is_refused_or_wants_a_fresh_answer_is_not_remembered(make, upstream):
+    client = make(**base(upstream))
+    for _ in range(3): assert "unknown query" in (await client.post("/llm/generate?promt=p")).json()["detail"]
+    for _ in range(3): assert (await client.post("/llm/generate?prompt=p&bypass_cache=1")).headers["x-cache"] == "bypass"
+    assert (await client.post("/llm/generate?prompt=p")).headers["x-cache"] == "hit" and upstream.calls()["chat"] == 3
+    for body in ({"text": ["a"]}, {"text": "a"}) * 2: reply = await client.post("/embedding/generate", json=body)
+    assert reply.json()["embedding"] == vector("a") and (await client.post("/embedding/generate", json={"text": ["a"]})).json()["embedding"] == [vector("a")]
+    assert (await client.post("/embedding/generate", json={"prompt": "p"})).status_code == 422  # the same bytes at another door
+
+
+def test_what_is_remembered_is_bounded():
+    seen, asked = Seen(most=10, size=100), Asked(("llm:1",), "m")
+    for n in range(1000):
+        seen.keep(("llm", b"?%d" % n, b""), asked)
+        seen.keep(("llm", b"often", b""), seen.get(("llm", b"often", b"")) or asked._replace(model="often"))
+        assert len(seen.young) + len(seen.old) <= 20
+    assert seen.get(("llm", b"often", b"")).model == "often" and seen.get(("llm", b"?999", b"")) and not seen.get(("llm", b"?5", b""))
+    for raw, what in ((("llm", b"x" * 60, b"x" * 60), asked), (("llm", b"y", b""), asked._replace(keys=("1", "2"))), (("llm", b"z", b""), asked._replace(fresh=True))):
+        seen.keep(raw, what)
+        assert seen.get(raw) is None
+
+
+async def test_a_function_that_changes_its_arguments_changes_nothing_that_is_remembered(make, tmp_path, monkeypatch):
+    (tmp_path / "greedy.py").write_text("def ask(prompt, stop=()):\n    said = ','.join(stop)\n    stop.append('more')\n    return said\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    client = make(llm_backend="greedy:ask")
+    for want in ("miss", "hit", "miss", "hit"):
+        reply = await client.post("/llm/generate", json={"prompt": "p", "stop": ["a"]})
+        assert reply.headers["x-cache"] == want and reply.json()["response"] == "a"
+        if want == "hit": await client.post("/cache/clear")
+
+
+async def test_a_hit_tells_its_steps_to_whoever_listens(make):
+    cache = Cache.from_url("memory://")
+    app = create_app(Settings(_env_file=None, host="127.0.0.1"), cache)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://aurea") as client:
+        await client.post("/llm/generate", params={"prompt": "p"})
+        for _ in range(2):
+            told = []
+            with cache.bus.listening(told.append): await client.post("/llm/generate", params={"prompt": "p"})
+            assert [(event.step, event.kind, event.outcome, event.count, event.error) for event in told] == [
+                ("request", "llm", None, 1, None), ("key", "llm", None, 1, None), ("reply", "llm", "hit", 1, None), ("reply", "llm", None, 1, None)]  # fmt: skip
+            assert all(0 <= event.seconds < 60 for event in told)
+    await app.state.shut()
+
+
+async def test_the_express_lane_answers_as_the_framework_does(make):
+    cache = Cache.from_url("memory://")
+    apps = [create_app(Settings(_env_file=None, host="127.0.0.1", max_body=50), cache) for _ in range(2)]
+    apps[1].user_middleware.clear()  # No front: the framework's own routes answer
+    heads = ("x-cache", "content-type", "content-length", "cache-status")
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(apps[0]), base_url="http://a") as a, httpx2.AsyncClient(transport=httpx2.ASGITransport(apps[1]), base_url="http://b") as b:
+        await a.post("/llm/generate", params={"prompt": "p"}), await a.post("/embedding/generate", json={"text": ["a", "b"]})
+        for path, how in (("/llm/generate", {"params": {"prompt": "p"}}), ("/embedding/generate", {"json": {"text": ["a", "b"]}}), ("/llm/generate", {}), ("/llm/generate", {"content": b"x" * 100}), ("/llm/generate", {"content": b"{"})):
+            ours, theirs = await a.post(path, **how), await b.post(path, **how)
+            assert (ours.status_code, ours.content) == (theirs.status_code, theirs.content)
+            assert sorted(ours.headers) == sorted(theirs.headers) and [ours.headers.get(h) for h in heads] == [theirs.headers.get(h) for h in heads]
+        for client in (a, b): assert (await client.get("/llm/generate")).status_code == 405
+        page = (await a.get("/metrics")).text
+    for line in ('{method="POST",path="/llm/generate",status="200"} 2.0', '{method="POST",path="/llm/generate",status="422"} 1.0', '{method="POST",path="/llm/generate",status="413"} 1.0', 'path="/llm/generate",status="405"} 1.0'):
+        assert f"http_requests_total{line}" in page or line in page, line
+    for app in apps: await app.state.shut()
+
+
+@pytest.mark.parametrize("version, headers, sent, status", [
+    ("1.1", [(b"content-length", b"0")], [], 422),
+    ("1.1", [], [], 422),
+    ("1.1", [(b"content-length", b"15")], [b'{"prompt": "p"}'], 200),
+    ("1.1", [(b"transfer-encoding", b"chunked")], [b'{"prom', b'pt": "p"}'], 200),
+    ("2", [], [b'{"prompt":', b' "p"}'], 200),
+    ("2", [], [b""], 422),
+])  # fmt: skip
+async def test_a_body_is_read_when_there_is_one(make, version, headers, sent, status):
+    app, said = create_app(Settings(_env_file=None, cache_url="memory://", host="127.0.0.1")), []
+    waiting = [{"type": "http.request", "body": part, "more_body": part is not sent[-1]} for part in sent]
+    async def receive(): return waiting.pop(0)  # Nothing more comes: to wait for it would be an IndexError here
+    async def send(message): said.append(message)
+    scope = {"type": "http", "http_version": version, "method": "POST", "path": "/llm/generate", "query_string": b"", "headers": headers, "root_path": "", "scheme": "http", "server": ("a", 80)}
+    await app(scope, receive, send)
+    assert said[0]["status"] == status and not waiting
+    await app.state.shut()

@@ -30,7 +30,7 @@ from hypothesis.extra import numpy as nps
 from openai.types import CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
-from aurea_orchestrator.codec import Entry, check, decode, encode, header, trusted
+from aurea_orchestrator.codec import Entry, batch, check, current, decode, encode, header, trusted
 from aurea_orchestrator.errors import DamagedEntryError, UnstorableError
 from aurea_orchestrator.records import made, shape_of
 from aurea_orchestrator.values import FLOAT32, FLOAT64, to_payload
@@ -799,12 +799,35 @@ def sealed(form, payload, meta=b"", size=None):
 
 
 def only_damage(blob):
-    "Whatever the three readers do, it is a value or a DamagedEntryError."
-    for read in (decode, trusted, header):
+    "Whatever the readers do, it is a value or a DamagedEntryError."
+    for read in (decode, trusted, header, lambda blob: current(blob, 0.0), lambda blob: batch([blob, blob], 0.0)):
         try:
             read(blob)
         except DamagedEntryError as error:
             assert error.__cause__ is None
+
+
+@pytest.mark.parametrize("rows", [
+    [1, "two", None, [3.0] * 20, b"five", "\ud800", (6,), Color.RED], [np.ones(3), np.ones(4)], [np.ones(3), np.ones(3, "f4")], [np.ones(3), [1.0] * 3],
+    [np.asfortranarray(np.ones((2, 3)))] * 2, [np.array(1.0), np.array(2.0)], [np.ones((2, 0)), np.ones((2, 0))],
+], ids=["kinds", "lengths", "dtypes", "array and list", "fortran", "no dimension", "empty"])  # fmt: skip
+def test_a_batch_reads_what_each_entry_reads(rows):
+    blobs = [encode(row, born=10.0 + n, ttl=5, meta={"n": n % 2}) for n, row in enumerate(rows)]
+    values, metas = batch(blobs, 15.0)
+    assert len(values) == len(rows) and sorted(meta["n"] for meta in metas) == [0, 1]
+    for value, blob in zip(values, blobs, strict=True):
+        alone = trusted(blob)
+        assert type(value) is type(alone) and np.array_equal(value, alone) and getattr(value, "dtype", 0) == getattr(alone, "dtype", 0)
+    assert batch(blobs, 15.1) is None and current(blobs[0], 15.1) is None and current(blobs[1], 15.1) is not None
+    assert batch([encode(1, born=0.0)] * 2, 1e12) == ([1, 1], [{}])       # no ttl is no limit
+
+
+def test_rows_of_one_layout_are_one_array_of_its_own():
+    rows = np.arange(12, dtype=">f4").reshape(3, 4)
+    values, _ = batch([encode(row, born=0.0) for row in rows], 0.0)
+    assert type(values) is np.ndarray and values.dtype.str == ">f4" and np.array_equal(values, rows) and values.flags.c_contiguous
+    values[:] = 0                                                         # and nobody else's
+    assert batch([encode(row, born=0.0) for row in rows], 0.0)[0][2, 3] == 11
 
 
 @settings(max_examples=300, deadline=None)

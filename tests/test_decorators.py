@@ -20,8 +20,10 @@ import pytest
 
 from aurea_orchestrator import Cache, cache_embedding, cache_llm_response, cached, get_cache, use_cache
 from aurea_orchestrator.effects import drive
-from aurea_orchestrator.errors import BatchError, ConfigError, UnkeyableError
+from aurea_orchestrator.errors import BatchError, ConfigError, StoreError, UnkeyableError
+from aurea_orchestrator.events import Clock
 from aurea_orchestrator.stores.base import Item
+from aurea_orchestrator.stores.memory import MemoryStore
 
 
 @pytest.fixture(params=["memory", "sqlite"], autouse=True)
@@ -419,6 +421,98 @@ def test_counts_are_checked_and_nothing_is_stored(wrong, counting):
     with pytest.raises(BatchError, match="embed"): embed(["a", "b"])
     state["wrong"] = False
     assert embed(["a", "b"]) == [[1.0], [1.0]] and len(counting) == 2
+
+
+ROWS = {
+    "array": lambda n: np.arange(n * 4, dtype=np.float32).reshape(n, 4),
+    "big-endian": lambda n: np.arange(n * 4, dtype=">f8").reshape(n, 4),
+    "matrices": lambda n: np.arange(n * 6, dtype=np.int16).reshape(n, 2, 3),
+    "times": lambda n: np.arange(n * 2).astype("datetime64[s]").reshape(n, 2),
+    "arrays": lambda n: [np.arange(i, i + 4, dtype=np.float16) for i in range(n)],
+    "dtypes": lambda n: [np.arange(4, dtype=dtype) for dtype in ("f4", "f8", "i2")[:n]],
+    "lengths": lambda n: tuple(np.arange(2.0 + i) for i in range(n)),
+    "lists": lambda n: [[float(i), 0.5] * 20 for i in range(n)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", ROWS.values(), ids=ROWS.keys())
+def test_the_rows_of_a_batch_are_exact_and_nobody_elses(make, counting):
+    @cache_embedding
+    def embed(texts): counting.calls.append(1); return make(len(texts))
+    want = make(3)
+    for _ in range(3):
+        got = embed(["a", "b", "c"])
+        assert type(got) is type(want) and len(got) == 3 and len(counting) == 1
+        for row, plain in zip(got, want, strict=True):
+            assert type(row) is type(plain) and np.array_equal(row, plain)
+            if isinstance(row, np.ndarray):
+                assert row.dtype == plain.dtype and row.dtype.str == plain.dtype.str and row.flags.writeable
+                assert isinstance(got, np.ndarray) or row.base is None   # who keeps one row of a list keeps no more than that
+            row[0] = row[1]                                              # it is the caller's own
+    twice = embed(["b", "b"])
+    twice[0][0] = twice[0][1]
+    assert np.array_equal(twice[1], want[1]) and len(counting) == 1
+
+
+@pytest.mark.parametrize("make", [ROWS["array"], ROWS["lists"]], ids=["array", "lists"])
+def test_one_damaged_row_is_one_miss(make, counting, cache):
+    @cache_embedding
+    def embed(texts): counting.calls.append(texts); return make(3)[[ord(t) - 97 for t in texts]] if make is ROWS["array"] else [make(3)[ord(t) - 97] for t in texts]
+    keys, want = embed.key(["a", "b", "c"]), embed(["a", "b", "c"])
+    (blob,), (other,) = (drive(cache.store.get_many([key])) for key in (keys[1], keys[2]))
+    for damaged in (b"", b"foreign", blob[:-1], blob[:20], blob[:-5] + bytes([blob[-5] ^ 1]) + blob[-4:], other):
+        drive(cache.store.put_many([Item(keys[1], damaged, 60)]))
+        before = len(counting), embed.cache_info().misses
+        assert np.array_equal(embed(["a", "b", "c"]), want) and np.array_equal(embed(["c", "b"]), [want[2], want[1]])
+        assert counting.calls[before[0]:] == [["b"]] and embed.cache_info().misses == before[1] + 1
+
+
+def test_no_texts_are_no_lookup(counting):
+    @cache_embedding
+    def embed(texts): counting.calls.append(1); return np.ones((len(texts), 2))
+    assert embed([]) == [] == embed(()) and not counting.calls and embed.cache_info() == (0, 0, {})
+
+
+class Watched(MemoryStore):
+    "Knows how often it was looked into; may be away."
+    looks, away = 0, False
+    def get_many(self, keys):
+        self.looks += 1
+        if self.away: raise StoreError("away")
+        return (yield from super().get_many(keys))
+
+
+def test_old_rows_are_computed_and_stale_ones_served(counting):
+    now = [1000.0]
+    cache = Cache(Watched(), clock=Clock(now=lambda: now[0]))
+    def embed(texts): counting.calls.append(list(texts)); return np.array([[float(len(t)), now[0]] for t in texts])
+    strict, lenient = cache_embedding(cache=cache, ttl=10, version=1)(embed), cache_embedding(cache=cache, ttl=10, stale=100, version=2)(embed)
+    for each in (strict, lenient):
+        each(["a"])
+        now[0] += 5
+        assert each(["a", "bb"])[:, 1].tolist() == [now[0] - 5, now[0]]
+        now[0] += 7                                                      # "a" is 12 seconds old, "bb" 7
+        got = each(["a", "bb"])[:, 1].tolist()
+        assert got == ([now[0], now[0] - 7] if each is strict else [now[0] - 12, now[0] - 7])
+    assert strict.cache_info().outcomes == {"miss": 3, "hit": 2} and lenient.cache_info().outcomes["stale"] == 1
+    deadline = time.monotonic() + 5
+    while lenient(["a"])[0, 1] != now[0] and time.monotonic() < deadline: time.sleep(0.01)
+    assert lenient(["a", "bb"])[:, 1].tolist() == [now[0], now[0] - 7] and counting.calls[-1] == ["a"]
+
+
+def test_a_store_is_looked_into_once(counting):
+    cache = Cache(Watched())
+    @cache_embedding(cache=cache)
+    def embed(texts): counting.calls.append(list(texts)); return [[float(len(t))] for t in texts]
+    @cache_llm_response(cache=cache)
+    def ask(prompt): return prompt
+    looks = lambda call: (call(), cache.store.looks, setattr(cache.store, "looks", 0))[1]
+    embed(["a", "bb"])
+    cache.store.looks = 0
+    assert looks(lambda: embed(["a", "bb", "a"])) == 1                   # all of it
+    assert looks(lambda: embed(["a", "ccc"])) == 1 + 1                   # a part: what was found is not looked up again, but who computes asks for the lease
+    cache.store.away = True
+    assert looks(lambda: embed(["a"])) == looks(lambda: ask("p")) == 2 and counting.calls[-1] == ["a"]
 
 
 def test_single_text_and_first_argument_rules(counting):

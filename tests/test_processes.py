@@ -7,11 +7,15 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
+import httpx2
 import pytest
 
 from aurea_orchestrator import Cache, cache_llm_response
-from tests.service import ROOT
+from aurea_orchestrator.effects import adrive
+from tests.service import ROOT, Service
+from tests.upstream import Upstream, expected
 
 
 @pytest.fixture(params=[pytest.param("redis", marks=pytest.mark.redis), "sqlite"])
@@ -77,12 +81,48 @@ def test_uvloop(url):
         @cached("work", cache=cache)
         async def work(x): calls.append(x); await asyncio.sleep(0.05); return x
         async def main():
+            assert type(asyncio.get_running_loop()).__module__.startswith("uvloop")
             assert await asyncio.gather(*[work(n % 5) for n in range(100)]) == [n % 5 for n in range(100)]
             await cache.aclose()
         for _ in range(2): uvloop.run(main())
         assert sorted(calls) == [0, 1, 2, 3, 4]
     """
     run(script, url)
+
+
+@pytest.mark.slow
+async def test_sigterm_under_load_finishes_stores_and_counts_what_is_in_flight(tmp_path, url):
+    with Upstream(delay=0.5) as upstream, Service(tmp_path / "service", workers=2, CACHE_URL=url, LLM_BASE_URL=upstream.url, LLM_MODEL="m") as service:
+        sent, answered, over = {}, set(), False
+
+        async def customer(client, name):
+            while not over:
+                prompt = f"{name} {len(sent)}"
+                sent[prompt] = time.monotonic()
+                try: reply = await client.post("/llm/generate", json={"prompt": prompt})
+                except httpx2.TransportError: return  # the door is shut
+                assert reply.status_code == 200 and reply.json()["response"] == expected(prompt), reply.text
+                answered.add(prompt)
+
+        async with service.aclient() as client:
+            customers = [asyncio.create_task(customer(client, n)) for n in range(32)]
+            while len(answered) < 40: await asyncio.sleep(0.05)
+            await asyncio.sleep(0.25)
+            asked, done = time.monotonic(), len(answered)
+            code = await asyncio.to_thread(service.stop)
+            over = True
+            await asyncio.gather(*customers)
+        in_flight = [prompt for prompt, at in sent.items() if at < asked - 0.1]  # later ones may have met a closing door
+        assert code in (0, -15) and len(in_flight) > done + 8 and set(in_flight) <= answered
+        assert "Traceback" not in service.log and service.log.count("Finished server process") == 2
+        cache = Cache.from_url(url)
+        stats, found, cursor = await cache.astats(), [], None
+        while True:
+            page = await adrive(cache.store.scan("llm:", cursor))
+            found += page.keys
+            if (cursor := page.cursor) is None: break
+        assert stats["llm"]["misses"] == upstream.calls()["chat"] == len(set(found)) >= len(answered)
+        await cache.aclose()
 
 
 def test_loops_in_threads_at_once(url):

@@ -271,7 +271,7 @@ class TestStrangers:
     def test_grows_from_version_to_version(self, path: Path, store: SqliteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
         drive(store.put_many([Item(key(1), b"kept", 60)]))
         drive(store.shut())
-        monkeypatch.setattr(sqlite, "_STEPS", (*sqlite._STEPS, ("CREATE TABLE later(key TEXT)",)))
+        monkeypatch.setattr(sqlite, "STEPS", (*sqlite.STEPS, ("CREATE TABLE later(key TEXT)",)))
         assert drive(store.get_many([key(1)])) == [b"kept"]
         drive(store.shut())
         monkeypatch.undo()

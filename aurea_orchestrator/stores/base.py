@@ -103,6 +103,8 @@ class Ears(ABC):
 class Store(Shelf):
     "Bytes under keys, shared as far as its engine reaches; leases and ears where it has them."
 
+    apart = False  # Whether it may be readable while it cannot be written, as a file is that others lock
+
     def acquire(self, keys: Sequence[str], token: str, ttl: float, force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:
         "For each key its bytes, and whether its lease is now ours; asked for where there are no bytes, or by `force`. One exchange."
         blobs = yield from self.get_many(keys)

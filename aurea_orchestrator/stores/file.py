@@ -24,6 +24,7 @@ _CAUSES = (sqlite3.Error, OSError, UnicodeError)
 _OPEN = "it cannot be opened; check that file and folder belong to this user, or choose another path"
 _ADVICE = {
     sqlite3.SQLITE_FULL: "the disk is full; free some space, or lower max_bytes",
+    sqlite3.SQLITE_IOERR: "the system failed to read or write it; see whether the disk is well, and what limits or quotas this user has",
     sqlite3.SQLITE_READONLY: "it cannot be written; give this user the right to write the file and its folder, or choose another path",
     sqlite3.SQLITE_CANTOPEN: _OPEN,
     sqlite3.SQLITE_PERM: _OPEN,

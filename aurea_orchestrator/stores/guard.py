@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any
 
 from ..effects import Flow, drive
 from ..errors import StoreError, StoreTimeoutError, StoreUnavailableError
 from .base import Ears, Item, Page, Store, Told
 
 _log = logging.getLogger("aurea_orchestrator")
-_T = TypeVar("_T")
 
 # %% auto #0
 __all__ = ['Guarded']
 
 # %% ../../nbs/27_stores.guard.ipynb #774876dd
 _WRITES = frozenset({"put_many", "delete", "bump", "acquire", "renew", "settle", "relay", "follow"})
-_PROBE = "aurea:probe"  # A key that nobody stores; removing it shows whether writing works
+_PROBE = Item("aurea:probe", bytes(4096), 1.0)  # Storing it shows whether writing works; a disk may be full for this, and not for less
 
 
 class _Breaker:
@@ -33,64 +33,88 @@ class _Breaker:
         self.inner, self.probe, self.url = inner, probe, inner.url
         self._reads: str | None = None        # Why nothing is asked
         self._writes: str | None = None       # Why nothing is written
-        self._refused: dict[str, str] = {}    # Verbs that the store answers with an error, and which
+        self._told: tuple[bool, str] | None = None  # Whether it cannot even be read, and what is wrong, until it is known to be over
+        self._refused: dict[str, dict[str, float]] = {}  # What the store answers with an error, in its words: which verbs, and when
         self._lock, self._closing, self._watching = threading.Lock(), threading.Event(), False
 
     @property
     def trouble(self) -> str | None:
         "What is wrong with the store, in words; None while all is well."
-        return self._reads or self._writes or next(iter(self._refused.values()), None)
+        return self._told[1] if self._told else next(iter(self._refused), None)
 
     def _watch(self, closing: threading.Event) -> None:
         raise NotImplementedError
 
     def _trip(self, verb: str, error: StoreError) -> None:
         "Open a breaker, and begin to probe."
+        whole = verb not in _WRITES or not self.inner.apart
         with self._lock:
-            known = self._reads or (self._writes if verb in _WRITES else None)
             self._writes = str(error)
-            if verb not in _WRITES:
+            if whole:
                 self._reads = str(error)
+            told, self._told = self._told, (whole or bool(self._told and self._told[0]), str(error))
             begin, self._watching = not self._watching, True
-        if known is None:
-            what = "cannot be written" if verb in _WRITES else "is in trouble"
+        if told is None or whole > told[0]:
+            what = "is in trouble" if whole else "cannot be written"
             _log.warning("store %s %s: %s; calls are computed without it meanwhile", self.url, what, str(error).rstrip("."))
         if begin:
             threading.Thread(target=self._watch, args=[self._closing], name="aurea-probe", daemon=True).start()
 
 # %% ../../nbs/27_stores.guard.ipynb #e2a00890
-class _Probing(_Breaker):
+class _Refusing(_Breaker):
+    "Remembers what the store refuses."
+
+    def _refuse(self, verb: str, words: str) -> None:
+        "Remember a refusal, and tell it if it is the first for its reason."
+        with self._lock:
+            first = words not in self._refused
+            self._refused.setdefault(words, {})[verb] = time.monotonic()
+        if first:
+            _log.warning("store %s refuses %s: %s; calls are answered all the same", self.url, verb, words.rstrip("."))
+
+    def _accept(self, verb: str) -> None:
+        "A verb was done: what it was refused for is over, unless it was heard just now."
+        now = time.monotonic()
+        with self._lock:
+            over = [words for words, verbs in self._refused.items() if verb in verbs and now - max(verbs.values()) > self.probe]
+            for words in over:
+                del self._refused[words]
+        if over:
+            _log.warning("store %s does %s again", self.url, verb)
+
+# %% ../../nbs/27_stores.guard.ipynb #a76995e9
+class _Probing(_Refusing):
     "Looks after a store in trouble."
 
     def _watch(self, closing: threading.Event) -> None:
-        "Probe until the store can be read and written again."
-        while self._watching and not closing.wait(self.probe):
+        "Probe until the store can be read and written again, and stays so."
+        while not closing.wait(self.probe):
+            with self._lock:
+                if over := self._reads is None and self._writes is None:
+                    self._told, self._watching = None, False
+            if over:
+                _log.warning("store %s is back", self.url)
+                return
             with suppress(StoreError):
                 drive(self.inner.ping())
                 self._reads = None
-                drive(self.inner.delete([_PROBE]))
-                with self._lock:
-                    self._writes, self._watching = None, self._reads is not None
-        if not closing.is_set():
-            _log.warning("store %s is back", self.url)
+                drive(self.inner.put_many([_PROBE]))
+                self._writes = None
 
-    def _guard(self, verb: str, begin: Callable[[], Flow[_T]]) -> Flow[_T]:
+    def _guard(self, verb: str, *args: Any) -> Flow[Any]:
         "Run a verb of the inner store, unless that is known to be of no use."
         if (why := self._writes if verb in _WRITES else self._reads) is not None:
             raise StoreUnavailableError(why)
         try:
-            result = yield from begin()
+            result = yield from getattr(self.inner, verb)(*args)
         except (StoreUnavailableError, StoreTimeoutError) as error:
             self._trip(verb, error)
             raise
         except StoreError as error:
-            if verb not in self._refused:
-                _log.warning("store %s refuses %s: %s; calls are computed and answered all the same", self.url, verb, error)
-            self._refused[verb] = str(error)
+            self._refuse(verb, str(error))
             raise
-        if verb in self._refused:
-            del self._refused[verb]
-            _log.warning("store %s does %s again", self.url, verb)
+        if self._refused:
+            self._accept(verb)
         return result
 
 # %% ../../nbs/27_stores.guard.ipynb #a5c53df6
@@ -101,16 +125,16 @@ class _Entries(_Probing, Store):
         return self.inner.peek(key)
 
     def get_many(self, keys: Sequence[str]) -> Flow[list[bytes | None]]:
-        return self._guard("get_many", lambda: self.inner.get_many(keys))
+        return self._guard("get_many", keys)
 
     def put_many(self, items: Sequence[Item]) -> Flow[None]:
-        return self._guard("put_many", lambda: self.inner.put_many(items))
+        return self._guard("put_many", items)
 
     def delete(self, keys: Sequence[str]) -> Flow[int]:
-        return self._guard("delete", lambda: self.inner.delete(keys))
+        return self._guard("delete", keys)
 
     def scan(self, prefix: str, cursor: str | None = None, limit: int = 1000) -> Flow[Page]:
-        return self._guard("scan", lambda: self.inner.scan(prefix, cursor, limit))
+        return self._guard("scan", prefix, cursor, limit)
 
 # %% ../../nbs/27_stores.guard.ipynb #f096e45d
 class _Agreeing(_Entries):
@@ -119,19 +143,20 @@ class _Agreeing(_Entries):
     def acquire(self, keys: Sequence[str], token: str, ttl: float, force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:
         if self._writes is not None and self._reads is None:
             return (yield from super().acquire(keys, token, ttl, force))
-        return (yield from self._guard("acquire", lambda: self.inner.acquire(keys, token, ttl, force)))
+        answers: list[tuple[bytes | None, bool]] = yield from self._guard("acquire", keys, token, ttl, force)
+        return answers
 
     def renew(self, keys: Sequence[str], token: str, ttl: float) -> Flow[None]:
-        return self._guard("renew", lambda: self.inner.renew(keys, token, ttl))
+        return self._guard("renew", keys, token, ttl)
 
     def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
-        return self._guard("settle", lambda: self.inner.settle(items, keys, token))
+        return self._guard("settle", items, keys, token)
 
     def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
-        return self._guard("relay", lambda: self.inner.relay(key, run, place, records, ttl))
+        return self._guard("relay", key, run, place, records, ttl)
 
     def follow(self, key: str, run: str, place: int) -> Flow[Told]:
-        return self._guard("follow", lambda: self.inner.follow(key, run, place))
+        return self._guard("follow", key, run, place)
 
     def ears(self) -> Ears | None:
         return self.inner.ears()
@@ -149,18 +174,18 @@ class Guarded(_Agreeing):
         self.name = inner.name
 
     def bump(self, counts: Mapping[str, float]) -> Flow[None]:
-        return self._guard("bump", lambda: self.inner.bump(counts))
+        return self._guard("bump", counts)
 
     def counts(self) -> Flow[dict[str, float]]:
-        return self._guard("counts", self.inner.counts)
+        return self._guard("counts")
 
     def ping(self) -> Flow[None]:
-        return self._guard("ping", self.inner.ping)
+        return self._guard("ping")
 
     def info(self) -> Flow[dict[str, float]]:
-        return self._guard("info", self.inner.info)
+        return self._guard("info")
 
     def shut(self) -> Flow[None]:
         self._closing.set()
         yield from self.inner.shut()
-        self._reads, self._writes, self._watching, self._closing = None, None, False, threading.Event()
+        self._reads, self._writes, self._told, self._watching, self._closing = None, None, None, False, threading.Event()

@@ -13,7 +13,7 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import ClusterDownError, NoPermissionError
+from redis.exceptions import ClusterDownError, NoPermissionError, TryAgainError
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
@@ -116,9 +116,10 @@ _CURES: tuple[tuple[type[Exception], str], ...] = (
     (NoPermissionError, "does not let this user do that; its ACL needs ~* +@read +@write +@scripting +@connection +scan +info"),
     (redis.OutOfMemoryError, "is full and evicts nothing; give it more maxmemory, or maxmemory-policy volatile-lru"),
     (redis.ReadOnlyError, "is a read-only replica; point the URL at its primary, or at its Sentinels with redis+sentinel://"),
+    (TryAgainError, "is moving this slot to another server; soon it will serve it again"),
     (redis.BusyLoadingError, "is still loading its data; it will answer by itself"),
 )
-_UNWELL = ("NOAUTH", "MASTERDOWN", "TRYAGAIN")
+_UNWELL = ("NOAUTH", "MASTERDOWN")
 
 
 def fault(

@@ -5,30 +5,35 @@
 # %% ../../nbs/22_stores.memory.ipynb #b61f590d
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from math import frexp, inf
+from operator import attrgetter
 
-from ..effects import Flow
+from ..effects import Both, Flow
 from .base import Item, Page, Store
 
 # %% auto #0
 __all__ = ['OVERHEAD_BYTES', 'MemoryStore']
 
 # %% ../../nbs/22_stores.memory.ipynb #4d279750
-OVERHEAD_BYTES = 240  # What an entry takes beyond its key and its blob
+OVERHEAD_BYTES = 290  # What an entry takes beyond its key and its blob
 
 
 class _Node:
-    "An entry in the queue; also the end of the queue."
+    "An entry in a queue; also the end of a queue."
 
-    __slots__ = ("asked", "blob", "key", "newer", "older", "until")
+    __slots__ = ("asked", "blob", "key", "newer", "older", "rank", "spared", "turn", "until")
 
     def __init__(self, key: str, blob: bytes, until: float) -> None:
         self.key, self.blob, self.until = key, blob, until
-        self.asked = False  # SIEVE's mark
+        self.rank = self.spared = 0        # What a byte of it is worth; how often it was asked for when its turn came
+        self.asked = False                 # Since then
+        self.turn: float = inf             # When it has to go, unless it was asked for: a reading of the queues' level
         self.newer = self.older = self
 
     @property
@@ -36,53 +41,83 @@ class _Node:
         return len(self.key) + len(self.blob) + OVERHEAD_BYTES
 
 # %% ../../nbs/22_stores.memory.ipynb #46ea4996
+_RANKS, _LOWEST = 40, -34  # How many, and the exponent of the first
+
+
+def _rank(worth: float, size_bytes: int) -> int:
+    "Which power of two a byte is worth, counted from the lowest that makes a difference."
+    return min(max(frexp(worth / size_bytes)[1] - _LOWEST, 0), _RANKS) if worth > 0 else 0
+
+# %% ../../nbs/22_stores.memory.ipynb #8a5103dc
+_STEP, _SPARED = 3, 2  # Ranks that an entry rises when it is spared, and how often it rises
+_turn = attrgetter("turn")
+
+
 class _Queue:
-    "Entries by key and by age, with the hand of SIEVE. Not thread-safe."
+    "Entries by key, and by rank and age. Not thread-safe."
 
     def __init__(self) -> None:
         self.nodes: dict[str, _Node] = {}
-        self.end = self.hand = _Node("", b"", float("inf"))
-        self.bytes = 0
+        self.ends: dict[int, _Node] = {}  # Of each queue
+        self.bytes = self.level = 0
 
-    def add(self, node: _Node) -> None:
-        "Put a node at the young end; its key must not be there."
-        end = self.end
+    def _join(self, node: _Node) -> None:
+        "Put a node at the young end of the queue of its rank."
+        rank = node.rank + _STEP * node.spared
+        if (end := self.ends.get(rank)) is None:
+            end = self.ends[rank] = _Node("", b"", inf)
+        node.turn = self.level + (1 << rank)
         node.older, node.newer = end.older, end
         end.older.newer = end.older = node
+
+    def add(self, node: _Node) -> None:
+        "Take in a node whose key is not there."
+        self._join(node)
         self.nodes[node.key] = node
         self.bytes += node.size_bytes
+
+# %% ../../nbs/22_stores.memory.ipynb #67906309
+class _Turns(_Queue):
+    "Entries that leave when it is their turn."
 
     def remove(self, node: _Node) -> bool:
         "Take a node out; False if it was gone."
         if self.nodes.get(node.key) is not node:
             return False
-        if self.hand is node:
-            self.hand = node.newer
         node.older.newer, node.newer.older = node.newer, node.older
         del self.nodes[node.key]
         self.bytes -= node.size_bytes
         return True
 
     def evict(self, now: float) -> None:
-        "Remove the first entry from the hand on that was not asked for since the hand last passed; there must be one."
-        node = self.hand
-        while node is self.end or (node.asked and now < node.until):
-            node.asked = False
-            node = node.newer
-        self.hand = node.newer
-        self.remove(node)
+        "Remove an expired entry, or the first in turn that was not asked for since it joined; there must be one."
+        while True:
+            oldest = [end.newer for end in self.ends.values()]
+            for node in oldest:
+                if node.until <= now:
+                    self.remove(node)
+                    return
+            node = min(oldest, key=_turn)
+            self.level = int(node.turn)
+            if not node.asked:
+                self.remove(node)
+                return
+            node.older.newer, node.newer.older = node.newer, node.older
+            node.asked, node.spared = False, min(node.spared + 1, _SPARED)
+            self._join(node)
 
-# %% ../../nbs/22_stores.memory.ipynb #8a5103dc
+# %% ../../nbs/22_stores.memory.ipynb #0a801db1
 class _Shelf:
-    "A queue behind a lock, bounded in bytes, whose entries expire."
+    "Queues behind a lock, bounded in bytes, whose entries expire."
 
     def __init__(
         self,
         max_bytes: int = 64 * 2**20,                  # Bound of all entries, overhead included
         clock: Callable[[], float] = time.monotonic,  # Seconds; only differences count
+        worth: Callable[[bytes], float] = lambda blob: 1.0,  # What it costs to miss an entry, in any unit; only ratios count
     ) -> None:
-        self.max_bytes, self._clock = max_bytes, clock
-        self._queue, self._counts, self._lock = _Queue(), dict[str, float](), threading.Lock()
+        self.max_bytes, self._clock, self._worth = max_bytes, clock, worth
+        self._queue, self._counts, self._lock = _Turns(), dict[str, float](), threading.Lock()
         self._nodes = self._queue.nodes
         if hasattr(os, "register_at_fork"):
             lock = self._lock
@@ -104,10 +139,11 @@ class _Shelf:
         "What `put_many` does for one item, without a flow."
         now = self._clock()
         node = _Node(key, bytes(blob), now + ttl)
+        node.rank = _rank(self._worth(node.blob), node.size_bytes)
         with self._lock:
             queue = self._queue
             if before := self._nodes.get(key):
-                node.asked = before.asked
+                node.asked, node.spared = before.asked, before.spared
                 queue.remove(before)
             if now < node.until and node.size_bytes <= self.max_bytes:
                 while queue.bytes + node.size_bytes > self.max_bytes:
@@ -115,6 +151,9 @@ class _Shelf:
                 queue.add(node)
 
 # %% ../../nbs/22_stores.memory.ipynb #17cb4335
+_PAUSE = Both(lambda: time.sleep(0), lambda: asyncio.sleep(0))  # For other threads; for other tasks
+
+
 class _Entries(_Shelf):
     "The verbs on entries."
 
@@ -145,6 +184,8 @@ class _Entries(_Shelf):
 
     def scan(self, prefix: str, cursor: str | None = None, limit: int = 1000) -> Flow[Page]:
         "A page of the keys that begin with `prefix`, in their order."
+        if cursor is not None:
+            yield _PAUSE
         scanning = self._scanning
         if cursor is None or scanning is None or scanning[0] != prefix:
             with self._lock:
@@ -156,7 +197,6 @@ class _Entries(_Shelf):
             self._scanning = None
         live = [key for key in keys if (node := self._nodes.get(key)) is not None and now < node.until]
         return Page(live, keys[-1] if begin + limit < len(scanning[1]) else None)
-        yield
 
 # %% ../../nbs/22_stores.memory.ipynb #da1804dd
 class MemoryStore(_Entries, Store):

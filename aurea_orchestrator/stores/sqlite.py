@@ -248,7 +248,7 @@ class _Ears(News, Ears):
 class _Entries(Store):
     "The verbs on entries."
 
-    name = "sqlite"
+    name, apart = "sqlite", True
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ __all__ = ['Tracking']
 # %% ../../nbs/17_stores.tracking.ipynb #4cb3ae08
 _PROOF = 0.25   # Seconds between two questions
 _GOOD = 1.0     # Seconds that an answer proves, from its question on; and that an answer may take
+_LATE = 0.25    # Seconds that an answer may take before who waits looks for himself
 _LOOK = 0.1     # Seconds between two looks at whether all is over, or a kind is new
 _AT_ONCE = 500  # Messages taken from one server before the next one has its turn
 
@@ -45,7 +46,7 @@ class _Asked(NamedTuple):
 def _push(message: Any) -> Any:
     return message
 
-
+# %% ../../nbs/17_stores.tracking.ipynb #34a5ad8a
 class _Line:
     "A connection to one server, and up to when it is known to be good."
 
@@ -56,12 +57,16 @@ class _Line:
         link.connect()
         link._parser.set_invalidation_push_handler(_push)  # redis-py has no public name for it
 
+    def late(self) -> bool:
+        "Whether the server takes long to answer."
+        return bool(self.asked) and time.monotonic() - self.asked[0].at > _LATE
+
     def _say(self, asked: _Asked, *command: str) -> None:
         self.link.send_command(*command, check_health=False)
         self.asked.append(asked)
         self.last = asked.at
 
-# %% ../../nbs/17_stores.tracking.ipynb #34a5ad8a
+# %% ../../nbs/17_stores.tracking.ipynb #b3a9b5d5
 class _Talk(_Line):
     "What is said on it."
 
@@ -173,7 +178,7 @@ class _Reading(_Telling):
 
     def _run(self, over: threading.Event) -> None:
         pause, lines = 0.0, list[_Talk]()
-        while not over.wait(pause):
+        while not self._refused and not over.wait(pause):
             began = time.monotonic()
             try:
                 for link in dial(self.at, _GOOD):
@@ -190,14 +195,12 @@ class _Reading(_Telling):
             while lines:
                 with suppress(Exception):
                     lines.pop().link.disconnect()
-            if self._refused:
-                return
 
     def _listen(self, lines: list[_Talk], over: threading.Event) -> None:
         with selectors.DefaultSelector() as ready:
             for line in lines:
                 ready.register(line.link._sock, selectors.EVENT_READ)
-            more = False
+            more = late = False
             while not over.is_set():
                 kinds = self._kinds
                 for line in lines:
@@ -205,7 +208,8 @@ class _Reading(_Telling):
                 ready.select(0 if more else _LOOK)
                 news = [line.take() for line in lines]
                 keys, more = [key for some, _ in news for key in some], any(len(some) >= _AT_ONCE for some, _ in news)
-                if any(any_key for _, any_key in news):
+                before, late = late, any(line.late() for line in lines)
+                if late > before or any(any_key for _, any_key in news):
                     self._tell(None)
                 elif keys := list(dict.fromkeys(keys + self._due(keys))):
                     self._tell(keys)

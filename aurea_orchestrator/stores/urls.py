@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from math import pow
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
@@ -23,7 +24,7 @@ from .tiers import Tiered
 _FORMS = "redis:// rediss:// unix:// redis+sentinel:// redis+cluster:// sqlite:/// memory://"
 
 # %% auto #0
-__all__ = ['open_engine', 'open_store', 'admit', 'choose_store', 'default_path', 'redis_url']
+__all__ = ['open_engine', 'open_store', 'admit', 'worth', 'choose_store', 'default_path', 'redis_url']
 
 # %% ../../nbs/28_stores.urls.ipynb #a64398e6
 def open_engine(
@@ -48,7 +49,7 @@ def _engine(url: str, timeout: float) -> tuple[Store, int | None]:
     if scheme in ("memory", "sqlite") and options:
         raise ConfigError(f"{scheme}: has no option {', '.join(options)}; it knows max_bytes and memory")
     if scheme == "memory":
-        return MemoryStore(**bound), memory
+        return MemoryStore(**bound, worth=worth), memory
     if scheme == "sqlite":
         return SqliteStore(_path(parts.netloc, parts.path), timeout=timeout, **bound), memory
     if scheme == "unix" or scheme.partition("+")[0] in ("redis", "rediss"):
@@ -92,6 +93,19 @@ def admit(
         return codec.until(blob) - time.time()
     except DamagedEntryError:
         return 0.0
+
+# %% ../../nbs/28_stores.urls.ipynb #d499f57b
+_LEAST_SECONDS = 0.001
+
+
+def worth(
+    blob: bytes,  # An entry, or any bytes
+) -> float:
+    "What it costs to miss an entry, for comparison with others."
+    try:
+        return pow(max(codec.header(blob).cost, _LEAST_SECONDS), 2 / 3)
+    except DamagedEntryError:
+        return pow(_LEAST_SECONDS, 2 / 3)
 
 # %% ../../nbs/28_stores.urls.ipynb #5256b3b9
 def choose_store(
