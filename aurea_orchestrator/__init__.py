@@ -9,6 +9,7 @@ Where each word lives, from the ground up:
     address, gather, sides      what a networked store needs: URLs, batches, a client a loop
     files, news                 what a store in a file needs: threads, forks, versions, ears
     shapes, forms, call, keys   **key**: any call in canonical form, and its SHA-256
+    facts                       what an entry remembers of its call
     records, values, codec      values to bytes and back, never pickle
     stores.*                    **lookup**, **store**: Redis, SQLite, memory, behind one contract
     flight, leases, streams     **lease**: one computation per key, shared by all who ask
