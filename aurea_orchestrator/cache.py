@@ -11,22 +11,22 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
-from . import codec, keys
+from . import codec
 from .admission import due
 from .calling import Reader
-from .counts import kinds, stats
+from .counts import stats
 from .effects import Flow, adrive, drive
 from .errors import CodecError, StoreError
 from .events import Event, Outcome, Tally
-from .flight import Aside, Computation, Join, Lead, Stopped
+from .flight import Aside, Behind, Computation, Join, Lead, Stopped
 from .request import Reply, Request, Workings, count, ended, tell
-from .steps import compute, known, look, lookup, opened, store, usable
+from .steps import clear, compute, known, look, lookup, made, opened, store, usable, written
 if TYPE_CHECKING:
     from aurea_orchestrator.config import Settings
 
 # %% auto #0
-__all__ = ['fetch', 'lead', 'lease', 'join', 'agree', 'fresh', 'give_back', 'aging', 'refresh', 'reply', 'failed', 'bypass',
-           'clear', 'made_by', 'glance', 'seek', 'glimpse', 'answer', 'Cache', 'get_cache', 'use_cache']
+__all__ = ['fetch', 'lead', 'lease', 'join', 'agree', 'fresh', 'behind', 'give_back', 'aging', 'refresh', 'reply', 'failed',
+           'bypass', 'glance', 'seek', 'glimpse', 'answer', 'Cache', 'get_cache', 'use_cache']
 
 # %% ../nbs/50_cache.ipynb #ad002aec
 def fetch(cache: Workings, request: Request, blobs: Sequence[bytes | None] | None = None) -> Flow[list[Reply]]:
@@ -62,14 +62,15 @@ def lead(cache: Workings, request: Request, mine: Computation, known: Mapping[st
             found |= there
             try:
                 values, cost = yield from compute(cache, request, ours)
-                found |= yield from store(cache, request, dict(zip(ours, values)), cost)
+                found |= (answers := made(cache, request, dict(zip(ours, values)), cost))
+                yield from behind(cache, request, mine, answers)
             except BaseException:
                 yield from give_back(cache, ours)
                 raise
     except BaseException as error:
         cache.flight.land(mine, error=error)
         raise
-    cache.flight.land(mine, found)
+    cache.flight.land(mine, found, brief=[key for key, one in found.items() if not one.ttl])
 
 # %% ../nbs/50_cache.ipynb #db38740d
 def lease(cache: Workings, request: Request, missing: Sequence[str]) -> tuple[Computation, dict[str, Computation]]:
@@ -82,14 +83,15 @@ def lease(cache: Workings, request: Request, missing: Sequence[str]) -> tuple[Co
 
 def join(cache: Workings, key: str, computation: Computation) -> Flow[dict[str, Reply]]:
     "Wait for a key that somebody else leads; nothing, if that leader was stopped."
+    outcome = Outcome.HIT if computation.future.done() else Outcome.SHARED  # Its answer is there, if not in the store yet
     try:
         landed = yield Join(cache.flight, computation, cache.finish)
     except Stopped:
         return {}
     theirs: Reply = landed[key]
     if theirs.blob is None:
-        return {key: theirs._replace(outcome=Outcome.SHARED)}
-    return {key: opened(key, theirs.blob, Outcome.SHARED)}
+        return {key: theirs._replace(outcome=outcome)}
+    return {key: opened(key, theirs.blob, outcome)}
 
 # %% ../nbs/50_cache.ipynb #102a1b3f
 def agree(cache: Workings, request: Request, keys: Sequence[str], known: Mapping[str, float]) -> Flow[tuple[dict[str, Reply], list[str]]]:
@@ -121,6 +123,14 @@ def fresh(cache: Workings, request: Request, key: str, blob: bytes | None, known
     "What another caller has stored, unless it is the stale, damaged or known entry that is to be replaced."
     one = usable(cache, request, key, blob)
     return one if one is not None and one.outcome is Outcome.HIT and one.born > known.get(key, 0.0) else None
+
+
+def behind(cache: Workings, request: Request, mine: Computation, answers: dict[str, Reply]) -> Flow[None]:
+    "Store answers, and wait for that a moment at most."
+    if cache.store.instant:
+        yield from store(cache, request, answers)
+    elif answers:
+        yield Behind(cache.flight, mine, lambda: store(cache, request, answers))
 
 
 def give_back(cache: Workings, keys: Sequence[str]) -> Flow[None]:
@@ -183,42 +193,12 @@ def bypass(cache: Workings, request: Request) -> Flow[list[Reply]]:
         raise
     computed = dict(zip(distinct, values))
     if cache.enabled:
-        found = yield from store(cache, request, computed, cost)
+        yield from written(cache, distinct)
+        yield from store(cache, request, found := made(cache, request, computed, cost))
     else:
         found = {key: Reply(key, value, Outcome.BYPASS) for key, value in computed.items()}
     count(cache, request, [Outcome.BYPASS] * len(request.keys))
     return [found[key]._replace(outcome=Outcome.BYPASS) for key in request.keys]
-
-# %% ../nbs/50_cache.ipynb #71389fb6
-_PAGE = 250  # Keys removed in one exchange; with more, those who read meanwhile wait noticeably longer
-
-
-def clear(cache: Workings, kind: str | None = None, namespace: str | None = None, name: str | None = None) -> Flow[int]:
-    "Remove entries, of one function if its name is given; how many there were."
-    if namespace is not None:
-        keys.check_namespace(namespace)
-    chosen = [keys.check_kind(kind)] if kind is not None else sorted((yield from kinds(cache.counts)))
-    removed = 0
-    for each in chosen:
-        cursor: str | None = None
-        while True:
-            page = yield from cache.store.scan(keys.prefix(each, namespace), cursor, _PAGE)
-            ours = [key for key in page.keys if keys.is_key(key)]
-            removed += yield from cache.store.delete(ours if name is None else (yield from made_by(cache, name, ours)))
-            if (cursor := page.cursor) is None:
-                break
-    return removed
-
-# %% ../nbs/50_cache.ipynb #2a08e37d
-def made_by(cache: Workings, name: str, ours: Sequence[str]) -> Flow[list[str]]:
-    "Those of the keys whose entries say that a function made them."
-    blobs = yield from cache.store.get_many(ours)
-    made = []
-    for key, blob in zip(ours, blobs):
-        with suppress(CodecError):
-            if blob is not None and codec.header(blob).meta.get("name") == name:
-                made.append(key)
-    return made
 
 # %% ../nbs/50_cache.ipynb #88c1921f
 _HIT = Outcome.HIT

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeAlias, 
 
 from .admission import anything, whole
 from .calling import ONE, ROWS, Call, CallForMissing, Shape
-from .cache import Cache, clear, fetch, get_cache, glance, seek
+from .cache import Cache, fetch, get_cache, glance, seek
 from .effects import Effect, Flow, adrive, drive
 from .errors import ConfigError
 from .events import Tally, hits_and_misses
@@ -23,6 +23,7 @@ from .call import Binder, argument, identity
 from .keys import check_kind, check_namespace, key_for, make_many
 from .replay import play
 from .request import Request
+from .steps import clear, forget
 from .streams import END, Source, read
 
 _P = ParamSpec("_P")
@@ -170,7 +171,7 @@ class CachedFunction(_Asking, Generic[_P, _R]):
     def invalidate(self, *args: _P.args, **kwargs: _P.kwargs) -> Any:
         "Forget the answer of a call; how many entries there were (0 or 1). Raises `StoreError`."
         found = self.key(*args, **kwargs)
-        return self._run(self.cache.store.delete([found] if isinstance(found, str) else found))
+        return self._run(forget(self.cache, [found] if isinstance(found, str) else found))
 
     def cache_clear(self) -> Any:
         "Forget all answers of this function; how many there were. Reads every entry of its kind. Raises `StoreError`."

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
-from collections.abc import Iterable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
@@ -20,7 +21,7 @@ from .errors import AureaError
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['Stopped', 'Computation', 'Flight', 'enter', 'leave', 'Join', 'landed', 'Lead', 'Aside']
+__all__ = ['GRACE', 'Stopped', 'Computation', 'Flight', 'enter', 'leave', 'Join', 'landed', 'Lead', 'Aside', 'Behind']
 
 # %% ../nbs/30_flight.ipynb #0db75952
 class Stopped(AureaError):
@@ -30,20 +31,21 @@ class Stopped(AureaError):
 class Computation:
     "Something that is being computed for some keys, and how many wait for it."
 
-    __slots__ = ("keys", "future", "waiting", "task")
+    __slots__ = ("keys", "future", "waiting", "task", "writing", "written")
 
     def __init__(self, keys: Iterable[str]) -> None:
         self.keys = tuple(keys)
         self.future: Future[Any] = Future()
-        self.waiting = 0                              # Callers that wait for it
+        self.written: Future[None] = Future()         # Done when what was written behind is stored
+        self.waiting, self.writing = 0, 0             # Callers that wait for it; writes under way
         self.task: asyncio.Task[Any] | None = None    # What computes it, where an async caller leads
 
 # %% ../nbs/30_flight.ipynb #91086991
 _leading: ContextVar[tuple[Computation, ...]] = ContextVar("aurea_leading", default=())
 
 
-class Flight:
-    "The computations that are running in this process, by key."
+class _Boarding:
+    "The computations that are running, by key."
 
     def __init__(self) -> None:
         self._running: dict[str, Computation] = {}
@@ -65,26 +67,46 @@ class Flight:
                 self._running.setdefault(key, mine)
         return mine, theirs
 
+    def _remove(self, computation: Computation, keys: Iterable[str]) -> None:
+        with self._lock:
+            for key in keys:
+                if self._running.get(key) is computation:
+                    del self._running[key]
+
+# %% ../nbs/30_flight.ipynb #986b4406
+class Flight(_Boarding):
+    "The computations that are running in this process, by key."
+
     def land(
         self,
         computation: Computation,
         result: Any = None,                    # For everybody who waits
         error: BaseException | None = None,    # Or this
+        brief: Iterable[str] = (),             # Keys that nobody can join from now on
     ) -> None:
-        "End a computation: nobody can join it any more, and all who did are served."
-        self._remove(computation)
-        if computation.future.done():
-            return
-        if error is None:
-            computation.future.set_result(result)
-        else:
-            computation.future.set_exception(error if isinstance(error, Exception) else Stopped())
+        "End a computation: all who joined are served."
+        if not computation.future.done():
+            if error is None:
+                computation.future.set_result(result)
+            else:
+                computation.future.set_exception(error if isinstance(error, Exception) else Stopped())
+        over = error is not None or not computation.writing
+        self._remove(computation, computation.keys if over else brief)
 
-    def _remove(self, computation: Computation) -> None:
+    def write(self, computation: Computation, writes: int) -> None:
+        "So many writes have begun, or ended (-1)."
         with self._lock:
-            for key in computation.keys:
-                if self._running.get(key) is computation:
-                    del self._running[key]
+            computation.writing += writes
+            ended = not computation.writing and computation.future.done()
+        if ended:
+            self._remove(computation, computation.keys)
+            computation.written.set_result(None)
+
+    def unwritten(self, keys: Iterable[str] | None = None) -> list[Future[None]]:
+        "What is to be waited for until the answers for some keys, or all, are stored."
+        with self._lock:
+            found = {id(one): one for one in (self._running.values() if keys is None else map(self._running.get, keys)) if one is not None}
+        return [one.written for one in found.values() if one.writing and one.future.done()]
 
 # %% ../nbs/30_flight.ipynb #a969fb6b
 def enter(flight: Flight, computation: Computation) -> None:
@@ -99,7 +121,7 @@ def leave(flight: Flight, computation: Computation, finish: bool) -> None:
         computation.waiting -= 1
         alone = computation.waiting <= 0
     if alone and not finish and not computation.future.done() and (task := computation.task) is not None:
-        flight._remove(computation)  # Whoever asks from now on must not join what is being cancelled
+        flight._remove(computation, computation.keys)  # Whoever asks from now on must not join what is being cancelled
         task.get_loop().call_soon_threadsafe(task.cancel)
 
 # %% ../nbs/30_flight.ipynb #6f9df0ca
@@ -207,3 +229,54 @@ class Aside(Lead):
         _aside.add(task)
         task.add_done_callback(_aside.discard)
         task.add_done_callback(self._ended)
+
+# %% ../nbs/30_flight.ipynb #afb9d4fd
+GRACE = 0.05  # Seconds that a caller waits for a write
+
+_writers = ThreadPoolExecutor(4, "aurea-write")
+
+
+def _after_fork() -> None:
+    global _writers
+    _writers = ThreadPoolExecutor(4, "aurea-write")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Behind(Effect):
+    "Run a flow that writes what a computation has found, and wait for it a moment at most."
+
+    __slots__ = ("flight", "computation", "begin")
+
+    def __init__(self, flight: Flight, computation: Computation, begin: Callable[[], Flow[Any]]) -> None:
+        self.flight, self.computation, self.begin = flight, computation, begin
+
+    def do(self) -> None:
+        self.flight.write(self.computation, 1)
+        try:
+            wait([_writers.submit(self._run)], GRACE)
+        except RuntimeError:  # The interpreter is ending
+            self._run()
+
+    async def ado(self) -> None:
+        self.flight.write(self.computation, 1)
+        _aside.add(task := asyncio.create_task(self._arun()))
+        task.add_done_callback(_aside.discard)
+        await asyncio.wait([task], timeout=GRACE)
+
+    def _run(self) -> None:
+        try:
+            drive(self.begin())
+        finally:
+            self.flight.write(self.computation, -1)
+
+    async def _arun(self) -> None:
+        try:
+            await adrive(self.begin())
+        except asyncio.CancelledError:  # The loop ends
+            drive(self.begin())
+            raise
+        finally:
+            self.flight.write(self.computation, -1)

@@ -22,7 +22,7 @@ from .events import Outcome
 from .flight import Stopped
 from .leases import wake
 from .request import Reply, Request, Workings, count, tell
-from .steps import lookup, store, usable, warn_once, worth
+from .steps import lookup, made, store, usable, warn_once, worth
 from .streams import END, Again, Apart, Pull, Source, Tape
 
 # %% auto #0
@@ -234,7 +234,8 @@ class Recording(_Leading):
             warn_once(self.cache, request.name or request.kind, loose.why)
         elif self.cache.enabled and worth(request, [thaw(piece) for piece in tape.items]):
             said = {self.key: [tape.items, returned]}
-            yield from store(self.cache, replace(request, keep=anything), said, self.cache.clock.tick() - self.began, self.run)
+            request = replace(request, keep=anything)
+            yield from store(self.cache, request, made(self.cache, request, said, self.cache.clock.tick() - self.began), self.run)
 
 # %% ../nbs/49_replay.ipynb #2aaa1b78
 class Said:

@@ -9,19 +9,23 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from . import codec
+from . import codec, keys
+from .counts import kinds
 from .effects import Flow
 from .errors import BatchError, CodecError, StoreError, UnstorableError
 from .events import Outcome
+from .leases import Woken
 from .request import Reply, Request, Workings, tell
 from .stores.base import Item
 
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['lookup', 'look', 'known', 'usable', 'opened', 'compute', 'store', 'worth', 'depth', 'warn_once']
+__all__ = ['lookup', 'look', 'known', 'usable', 'opened', 'compute', 'made', 'store', 'worth', 'depth', 'warn_once', 'written',
+           'forget', 'clear', 'made_by']
 
 # %% ../nbs/48_steps.ipynb #f143140a
 def lookup(cache: Workings, request: Request, wanted: Sequence[str]) -> Flow[dict[str, Reply]]:
@@ -86,9 +90,9 @@ def compute(cache: Workings, request: Request, missing: Sequence[str]) -> Flow[t
     return values, cache.clock.tick() - began
 
 # %% ../nbs/48_steps.ipynb #a313b8bc
-def store(cache: Workings, request: Request, values: Mapping[str, Any], cost: float, token: str = "") -> Flow[dict[str, Reply]]:
-    "Store what can and should be stored, and give back its leases; a reply for every value."
-    began, born, meta = cache.clock.tick(), cache.clock.now(), request.meta
+def made(cache: Workings, request: Request, values: Mapping[str, Any], cost: float) -> dict[str, Reply]:
+    "A reply for every value, with its entry where it has a byte form."
+    born, meta = cache.clock.now(), request.meta
     ttl = request.ttl * (1.0 - cache.jitter * cache.chance())
     replies = {key: Reply(key, value, Outcome.MISS, None, born, 0.0, meta) for key, value in values.items()}
     for key, value in values.items():
@@ -97,14 +101,19 @@ def store(cache: Workings, request: Request, values: Mapping[str, Any], cost: fl
             replies[key] = replies[key]._replace(blob=blob, ttl=ttl if worth(request, value) else 0.0)
         except UnstorableError as error:
             warn_once(cache, request.name or request.kind, error)
+    return replies
+
+# %% ../nbs/48_steps.ipynb #85653fb8
+def store(cache: Workings, request: Request, replies: Mapping[str, Reply], token: str = "") -> Flow[None]:
+    "Store what can and should be stored, and give back its leases."
+    began = cache.clock.tick()
     items = [Item(key, one.blob, one.ttl + request.stale) for key, one in replies.items() if one.blob is not None and one.ttl]
     try:
-        yield from cache.leases.settle(items, values, token)
+        yield from cache.leases.settle(items, replies, token)
     except StoreError as error:
         tell(cache, "store", request.kind, began, error)
     else:
         tell(cache, "store", request.kind, began)
-    return replies
 
 
 def worth(request: Request, value: Any) -> bool:
@@ -132,3 +141,48 @@ def warn_once(cache: Workings, name: str, error: UnstorableError) -> None:
             warnings.warn(f"{name}: {error}; it was returned but not cached", UserWarning, stacklevel=depth())
         except UserWarning:
             _log.warning("%s: %s; it was returned but not cached", name, error)
+
+# %% ../nbs/48_steps.ipynb #caf0c764
+def written(cache: Workings, keys: Sequence[str] | None = None) -> Flow[None]:
+    "Wait until what was computed before is stored, so that what is done now comes after it."
+    for future in cache.flight.unwritten(keys):
+        yield Woken(future, 1.0)
+
+
+
+def forget(cache: Workings, those: Sequence[str]) -> Flow[int]:
+    "Remove the entries of some keys; how many there were."
+    yield from written(cache, those)
+    return (yield from cache.store.delete(those))
+
+# %% ../nbs/48_steps.ipynb #0f511497
+_PAGE = 250  # Keys removed in one exchange; with more, those who read meanwhile wait noticeably longer
+
+
+def clear(cache: Workings, kind: str | None = None, namespace: str | None = None, name: str | None = None) -> Flow[int]:
+    "Remove entries, of one function if its name is given; how many there were."
+    if namespace is not None:
+        keys.check_namespace(namespace)
+    chosen = [keys.check_kind(kind)] if kind is not None else sorted((yield from kinds(cache.counts)))
+    removed = 0
+    yield from written(cache)
+    for each in chosen:
+        cursor: str | None = None
+        while True:
+            page = yield from cache.store.scan(keys.prefix(each, namespace), cursor, _PAGE)
+            ours = [key for key in page.keys if keys.is_key(key)]
+            removed += yield from cache.store.delete(ours if name is None else (yield from made_by(cache, name, ours)))
+            if (cursor := page.cursor) is None:
+                break
+    return removed
+
+# %% ../nbs/48_steps.ipynb #142ebc9f
+def made_by(cache: Workings, name: str, ours: Sequence[str]) -> Flow[list[str]]:
+    "Those of the keys whose entries say that a function made them."
+    blobs = yield from cache.store.get_many(ours)
+    made = []
+    for key, blob in zip(ours, blobs):
+        with suppress(CodecError):
+            if blob is not None and codec.header(blob).meta.get("name") == name:
+                made.append(key)
+    return made

@@ -35,6 +35,7 @@ class Shelf(ABC):
 
     name: str         # The engine: "redis", "sqlite", "memory"
     url: str          # Where, without password: for logs and `/ready`
+    instant = False   # Whether no verb of it waits for anything
 
     def peek(self, key: str) -> bytes | None:
         "The bytes under a key, if that can be told at once, without any I/O; most stores cannot."

@@ -202,7 +202,7 @@ class _Entries(_Shelf):
 class MemoryStore(_Entries, Store):
     "Entries in this process, bounded in bytes; they are gone with it."
 
-    name, url = "memory", "memory://"
+    name, url, instant = "memory", "memory://", True
 
     def bump(self, counts: Mapping[str, float]) -> Flow[None]:
         "Add to the counters."
