@@ -18,7 +18,12 @@ Where each word lives, from the ground up:
     calling, request, steps,
     replay                      the nouns and verbs of the sentence
     cache                       the sentence itself
-    decorators                  the sentence around a function
+    options, decorators         the sentence around a function
+    costs, explain, sheets,
+    display                     what it cost and saved; why a miss; shown in notebooks and terminals
+    readable, entries,
+    cassettes                   entries for people: listed, chosen, as text to review in git
+    pacing, plans, runs         many calls at once: a pace, retries, a bar; what stopped goes on
     headers, asked, openapi,
     ledger                      bytes to key, headers; numbers of all workers
     metrics, auth, routes,

@@ -5,9 +5,9 @@
 # %% ../nbs/50_cache.ipynb #b1385b63
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,27 +17,28 @@ from .calling import Reader
 from .counts import stats
 from .effects import Flow, adrive, drive
 from .errors import CodecError, StoreError
-from .events import Event, Outcome, Tally
-from .flight import Aside, Behind, Computation, Join, Lead, Stopped
+from .events import FREE, HITS, Event, Outcome, Tally
+from .flight import Aside, Computation, Join, Lead, Stopped
 from .request import Reply, Request, Workings, count, ended, tell
-from .steps import clear, compute, known, look, lookup, made, opened, store, usable, written
+from .steps import agree, behind, clear, compute, give_back, known, look, lookup, made, offline, opened, store, written, usable
 if TYPE_CHECKING:
+    from aurea_orchestrator.cassettes import Loaded
     from aurea_orchestrator.config import Settings
 
 # %% auto #0
-__all__ = ['fetch', 'lead', 'lease', 'join', 'agree', 'fresh', 'behind', 'give_back', 'aging', 'refresh', 'reply', 'failed',
-           'bypass', 'glance', 'seek', 'glimpse', 'answer', 'Cache', 'get_cache', 'use_cache']
+__all__ = ['fetch', 'lead', 'lease', 'join', 'aging', 'refresh', 'reply', 'failed', 'bypass', 'stay_offline', 'glance', 'seek',
+           'glimpse', 'answer', 'Mode', 'Cache', 'get_cache', 'use_cache']
 
 # %% ../nbs/50_cache.ipynb #ad002aec
 def fetch(cache: Workings, request: Request, blobs: Sequence[bytes | None] | None = None) -> Flow[list[Reply]]:
     "request → key → lookup → lease → compute → store → reply"
-    if request.bypass or not cache.enabled:
+    if request.bypass or not cache.looks:
         return (yield from bypass(cache, request))
     led: set[str] = set()
-    if blobs is None:
-        found = yield from lookup(cache, request, request.keys)
-    else:  # `seek` has looked already
-        found = known(cache, request, request.keys, blobs)
+    if blobs is None:  # Else `seek` has looked already
+        blobs = yield from look(cache, request.kind, request.keys)
+    found = known(cache, request, request.keys, blobs)
+    yield from stay_offline(cache, request, found)
     yield from refresh(cache, request, {key: one.born for key, one in found.items() if aging(cache, request, one)})
     try:
         while missing := [key for key in dict.fromkeys(request.keys) if key not in found]:
@@ -93,57 +94,14 @@ def join(cache: Workings, key: str, computation: Computation) -> Flow[dict[str, 
         return {key: theirs._replace(outcome=outcome)}
     return {key: opened(key, theirs.blob, outcome)}
 
-# %% ../nbs/50_cache.ipynb #102a1b3f
-def agree(cache: Workings, request: Request, keys: Sequence[str], known: Mapping[str, float]) -> Flow[tuple[dict[str, Reply], list[str]]]:
-    "What others have stored meanwhile, and what is ours to compute; waits while neither is anything."
-    began, waited = cache.clock.tick(), Outcome.HIT
-    expected: Future[None] | None = None
-    try:
-        while True:
-            answers = yield from cache.leases.acquire(keys)
-            there = {key: one for key, (blob, _) in zip(keys, answers) if (one := fresh(cache, request, key, blob, known)) is not None}
-            unfit = [key for key, (blob, _) in zip(keys, answers) if blob is not None and key not in there]
-            forced = (yield from cache.leases.acquire(unfit, force=True)) if unfit else []
-            ours = [key for key, (_, granted) in [*zip(keys, answers), *zip(unfit, forced)] if granted]
-            if there or ours:
-                return {key: one._replace(outcome=waited) for key, one in there.items()}, ours
-            if expected is not None:
-                yield cache.leases.wait(expected)
-                cache.leases.forget(keys, expected)
-            expected, waited = cache.leases.expect(keys), Outcome.SHARED
-    except StoreError as error:
-        tell(cache, "lease", request.kind, began, error)
-        return {}, list(keys)
-    finally:
-        if expected is not None:
-            cache.leases.forget(keys, expected)
-
-
-def fresh(cache: Workings, request: Request, key: str, blob: bytes | None, known: Mapping[str, float]) -> Reply | None:
-    "What another caller has stored, unless it is the stale, damaged or known entry that is to be replaced."
-    one = usable(cache, request, key, blob)
-    return one if one is not None and one.outcome is Outcome.HIT and one.born > known.get(key, 0.0) else None
-
-
-def behind(cache: Workings, request: Request, mine: Computation, answers: dict[str, Reply]) -> Flow[None]:
-    "Store answers, and wait for that a moment at most."
-    if cache.store.instant:
-        yield from store(cache, request, answers)
-    elif answers:
-        yield Behind(cache.flight, mine, lambda: store(cache, request, answers))
-
-
-def give_back(cache: Workings, keys: Sequence[str]) -> Flow[None]:
-    "The leases of what was not computed after all."
-    with suppress(StoreError):
-        yield from cache.leases.settle([], keys)
-
 # %% ../nbs/50_cache.ipynb #ea672f2c
 def aging(cache: Workings, request: Request, one: Reply) -> bool:
     "Whether an entry is past its ttl, or drew the lot to be refreshed before."
+    if cache.current_mode == "offline":
+        return False
     if one.outcome is Outcome.STALE or not request.early:
         return one.outcome is Outcome.STALE
-    return due(cache.clock.now(), one.born + one.ttl, one.cost, request.early, cache.chance())
+    return due(cache.clock.now(), one.born + one.ttl, one.cost.seconds, request.early, cache.chance())
 
 
 def refresh(cache: Workings, request: Request, known: Mapping[str, float]) -> Flow[None]:
@@ -165,40 +123,52 @@ def reply(cache: Workings, request: Request, found: Mapping[str, Reply]) -> list
                 one = one._replace(outcome=Outcome.SHARED)
         seen.add(key)
         replies.append(one)
-    count(cache, request, [one.outcome for one in replies])
+        if one.outcome in HITS:
+            cache.counts.asked(key)
+    count(cache, request, [(one.outcome, one.cost) for one in replies])
     return replies
 
-
+# %% ../nbs/50_cache.ipynb #7a450040
 def failed(cache: Workings, request: Request, found: Mapping[str, Reply], led: set[str], error: BaseException) -> None:
     "Count a request whose computation failed: its lookups ended as they would have, and one call failed."
     outcomes, left = [], set(led)
     for key in request.keys:
         if key in found:
-            outcomes.append(found[key].outcome)
+            outcomes.append((found[key].outcome, found[key].cost))
         else:
-            outcomes.append(Outcome.MISS if key in left else Outcome.SHARED)
+            outcomes.append((Outcome.MISS if key in left else Outcome.SHARED, FREE))
             left.discard(key)
     if isinstance(error, Exception):
-        outcomes.append(Outcome.ERROR)
+        outcomes.append((Outcome.ERROR, FREE))
     count(cache, request, outcomes)
 
 # %% ../nbs/50_cache.ipynb #48fd8088
 def bypass(cache: Workings, request: Request) -> Flow[list[Reply]]:
     "compute → store → reply, without the steps before."
+    yield from stay_offline(cache, request, {})
     distinct = list(dict.fromkeys(request.keys))
     try:
         values, cost = yield from compute(cache, request, distinct)
     except Exception:
-        count(cache, request, [Outcome.BYPASS] * len(request.keys) + [Outcome.ERROR])
+        count(cache, request, [(end, FREE) for end in [Outcome.BYPASS] * len(request.keys) + [Outcome.ERROR]])
         raise
-    computed = dict(zip(distinct, values))
+    found = made(cache, request, dict(zip(distinct, values)), cost)
     if cache.enabled:
         yield from written(cache, distinct)
-        yield from store(cache, request, found := made(cache, request, computed, cost))
+        yield from store(cache, request, found)
     else:
-        found = {key: Reply(key, value, Outcome.BYPASS) for key, value in computed.items()}
-    count(cache, request, [Outcome.BYPASS] * len(request.keys))
+        found = {key: one._replace(blob=None, ttl=0.0, born=0.0) for key, one in found.items()}
+    count(cache, request, [(Outcome.BYPASS, one.cost) for one in found.values()])
+    count(cache, request, [(Outcome.BYPASS, FREE)] * (len(request.keys) - len(found)))
     return [found[key]._replace(outcome=Outcome.BYPASS) for key in request.keys]
+
+
+def stay_offline(cache: Workings, request: Request, found: Mapping[str, Reply]) -> Flow[None]:
+    "Fail if anything had to be computed, where nothing may be."
+    missing = [key for key in request.keys if key not in found]
+    if missing and cache.current_mode == "offline":
+        count(cache, request, [(Outcome.ERROR, FREE)])
+        raise (yield from offline(cache, request, missing[0]))
 
 # %% ../nbs/50_cache.ipynb #88c1921f
 _HIT = Outcome.HIT
@@ -206,14 +176,14 @@ _HIT = Outcome.HIT
 
 def glance(cache: Workings, kind: str, key: str, tally: Tally) -> tuple[Any] | None:
     "The value of a key in a tuple, if it can be told without any I/O."
-    if not cache.enabled or (blob := cache.store.peek(key)) is None:
+    if not cache.looks or (blob := cache.store.peek(key)) is None:
         return None
     try:
         found = codec.current(blob, cache.clock.now())
     except CodecError:
         return None
-    if found is not None:  # What `ended` does, without a call between
-        cache.counts.add(kind, _HIT, 1, tally)
+    if found is not None:
+        cache.counts.hit(key, blob, tally)
         if cache.bus.listeners:
             cache.bus.tell(Event("reply", kind, outcome=_HIT))
     return found
@@ -223,7 +193,7 @@ def seek(
     cache: Workings, kind: str, wanted: Sequence[str], tally: Tally, read: Reader
 ) -> Flow[tuple[tuple[Any] | None, Sequence[bytes | None] | None]]:
     "The answer in a tuple, if the store has all of it; and what bytes it has, if it was asked."
-    if not wanted or not cache.enabled:
+    if not wanted or not cache.looks:
         return None, None
     blobs, found = (yield from look(cache, kind, wanted)), None
     if len(there := [blob for blob in blobs if blob is not None]) == len(wanted):
@@ -232,21 +202,25 @@ def seek(
                 codec.check(blob, key.encode())
             found = read(there, cache.clock.now())
     if found is not None:
-        ended(cache, kind, _HIT, len(wanted), tally)
+        for key, blob in zip(wanted, there):
+            cache.counts.hit(key, codec.head(blob), tally)
+        ended(cache, kind, _HIT, len(wanted))
     return found, blobs
 
 # %% ../nbs/50_cache.ipynb #c8c23070
 def glimpse(cache: Workings, request: Request) -> list[Reply] | None:
     "The replies to a request, if all of them can be told without any I/O; counted."
-    if request.bypass or not cache.enabled:
+    if request.bypass or not cache.looks:
         return None
     replies = []
     for key in request.keys:
         one = usable(cache, request, key, cache.store.peek(key))
-        if one is None or aging(cache, request, one):
+        if one is None or one.blob is None or aging(cache, request, one):
             return None
         replies.append(one)
-    ended(cache, request.kind, _HIT, len(replies), request.tally)
+    for one in replies:
+        cache.counts.hit(one.key, one.blob or b"", request.tally)
+    ended(cache, request.kind, _HIT, len(replies))
     return replies
 
 
@@ -256,7 +230,49 @@ async def answer(cache: Workings, request: Request) -> list[Reply]:
     return found if found is not None else await adrive(fetch(cache, request))
 
 # %% ../nbs/50_cache.ipynb #78f79724
-class Cache(Workings):
+class Mode:
+    "A mode that a cache works in until this is left."
+
+    def __init__(self, cache: Workings, mode: str) -> None:
+        self.cache, self.before = cache, cache.current_mode
+        cache.switch(mode)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.cache.switch(self.before)
+
+# %% ../nbs/50_cache.ipynb #37801c79
+class _Handy(Workings):
+    "What is done with a whole cache."
+
+    def mode(self, mode: str) -> Mode:
+        "Work in another mode: from now on, or inside of a `with` block. For everybody who uses this cache."
+        return Mode(self, mode)
+
+    def export(self, path: str | os.PathLike[str], functions: Any = None, **chosen: Any) -> int:
+        "Write entries to a cassette, a text file: all, or those of some functions, a `namespace=`, a `kind=`; how many. See `cassettes`."
+        from aurea_orchestrator import cassettes
+        return drive(cassettes.export(self, path, functions, **chosen))
+
+    async def aexport(self, path: str | os.PathLike[str], functions: Any = None, **chosen: Any) -> int:
+        "`export`, awaited."
+        from aurea_orchestrator import cassettes
+        return await adrive(cassettes.export(self, path, functions, **chosen))
+
+    def load(self, path: str | os.PathLike[str], ttl: float | None = None) -> Loaded:
+        "Put the entries of a cassette into the store. See `cassettes`."
+        from aurea_orchestrator import cassettes
+        return drive(cassettes.load(self, path, ttl))
+
+    async def aload(self, path: str | os.PathLike[str], ttl: float | None = None) -> Loaded:
+        "`load`, awaited."
+        from aurea_orchestrator import cassettes
+        return await adrive(cassettes.load(self, path, ttl))
+
+# %% ../nbs/50_cache.ipynb #3beb256e
+class Cache(_Handy):
     "A cache for calls to models, over one store. Options as for `Workings`."
 
     @classmethod
@@ -271,17 +287,20 @@ class Cache(Workings):
         from aurea_orchestrator.stores.urls import choose_store
         shelf, why = choose_store(settings)
         ttls = {"llm": settings.cache_llm_ttl, "embedding": settings.cache_embedding_ttl}
-        cache = cls(shelf, ttl=settings.cache_llm_ttl, ttls=ttls, enabled=settings.cache_enabled, **options)
+        how = {"enabled": settings.cache_enabled, "mode": settings.cache_mode, "explain": settings.cache_explain, **options}
+        cache = cls(shelf, ttl=settings.cache_llm_ttl, ttls=ttls, **how)
         cache.why = why
         return cache
 
     def stats(self) -> dict[str, Any]:
-        "Totals of everybody who shares the store; see `counts.stats` for the shape."
-        return drive(stats(self.counts))
+        "Totals of everybody who shares the store; see `counts.stats` for the shape. Shows itself as a table."
+        from aurea_orchestrator.display import Stats
+        return Stats(drive(stats(self.counts)))
 
     async def astats(self) -> dict[str, Any]:
         "`stats`, awaited."
-        return await adrive(stats(self.counts))
+        from aurea_orchestrator.display import Stats
+        return Stats(await adrive(stats(self.counts)))
 
     def clear(self, kind: str | None = None, namespace: str | None = None) -> int:
         "Remove all entries, or those of a kind, a namespace; how many there were. Raises `StoreError`."

@@ -14,10 +14,11 @@ from zlib import crc32
 import msgspec
 
 from .errors import DamagedEntryError, UnstorableError
+from .events import Cost
 from .values import ARRAY, TREE, from_payload, joined, to_payload, unpack
 
 # %% auto #0
-__all__ = ['Header', 'Entry', 'encode', 'check', 'decode', 'header', 'until', 'trusted', 'current', 'batch']
+__all__ = ['Header', 'Entry', 'encode', 'check', 'decode', 'header', 'head', 'until', 'trusted', 'current', 'batch']
 
 # %% ../nbs/20_codec.ipynb #f08563d9
 _MAGIC, _VERSION = b"\xc1A", 1
@@ -35,7 +36,7 @@ class Header(NamedTuple):
 
     born: float          # When it was computed, Unix seconds
     ttl: float | None    # Seconds that it was stored for; None: no limit
-    cost: float          # Seconds that computing it took
+    cost: Cost           # What computing it cost
     meta: dict[str, Any] # Facts about it, in JSON's kinds
 
 
@@ -45,7 +46,7 @@ class Entry(NamedTuple):
     value: Any           # A fresh object; nobody else holds it
     born: float          # When it was computed, Unix seconds
     ttl: float | None    # Seconds that it was stored for; None: no limit
-    cost: float          # Seconds that computing it took
+    cost: Cost           # What computing it cost
     meta: dict[str, Any] # Facts about it, in JSON's kinds
 
 # %% ../nbs/20_codec.ipynb #a050e83b
@@ -54,17 +55,18 @@ def encode(
     *,
     born: float,                            # When, Unix seconds
     ttl: float | None = None,               # Seconds to store it for; None: no limit
-    cost: float = 0.0,                      # Seconds that computing it took
+    cost: Cost | float = 0.0,               # What computing it cost, or the seconds alone
     meta: Mapping[str, Any] | None = None,  # Facts about it, in JSON's kinds
     seal: bytes = b"",                      # What the entry belongs to: only with this it can be read
 ) -> bytes:                                 # The entry
     "Seal a value into an entry. Raises `UnstorableError` if it would not come back equal."
     form, payload = to_payload(value)
+    seconds, *more = cost if isinstance(cost, tuple) else (cost,)
     try:
-        facts = _pack(meta) if meta else b""
+        facts = _pack({**(meta or {}), "": more} if any(more) else meta) if meta or any(more) else b""
     except Exception as error:
         raise UnstorableError(f"meta is not plain data ({type(error).__name__}); pass text, numbers, lists and dictionaries") from None
-    head = _HEAD.pack(_MAGIC, _VERSION, form, born, nan if ttl is None else ttl, cost, len(facts))
+    head = _HEAD.pack(_MAGIC, _VERSION, form, born, nan if ttl is None else ttl, seconds, len(facts))
     crc = crc32(payload, crc32(facts, crc32(head, crc32(seal))))
     return b"".join((head, facts, payload, crc.to_bytes(4, "little")))
 
@@ -98,13 +100,14 @@ def _unreadable(error: Exception) -> DamagedEntryError:
     return DamagedEntryError(f"an entry cannot be read here ({type(error).__name__}): {why}")
 
 
-def _open(blob: bytes) -> tuple[int, int, float, float | None, float, dict[str, Any]]:
+def _open(blob: bytes) -> tuple[int, int, float, float | None, Cost, dict[str, Any]]:
     "Form and start of the payload, and what the header says."
-    _, _, form, born, ttl, cost, size = _HEAD.unpack_from(blob)
+    _, _, form, born, ttl, seconds, size = _HEAD.unpack_from(blob)
     start = _HEAD.size + size
     if start > len(blob) - 4:
         raise ValueError("meta is longer than the entry")
-    return form, start, born, ttl if ttl == ttl else None, cost, _unpack_meta(blob[_HEAD.size : start]) if size else {}
+    meta = _unpack_meta(blob[_HEAD.size : start]) if size else {}
+    return form, start, born, ttl if ttl == ttl else None, Cost(seconds, *meta.pop("", ())), meta
 
 # %% ../nbs/20_codec.ipynb #873a1d77
 def decode(
@@ -130,6 +133,13 @@ def header(
         raise _unreadable(error) from None
 
 
+def head(
+    blob: bytes,  # A checked entry
+) -> bytes:       # Enough of it for `header`
+    "The beginning of an entry, without its value."
+    return blob[: _MIN_BYTES + _META_SIZE.unpack_from(blob, _META_AT)[0]]
+
+# %% ../nbs/20_codec.ipynb #234c9e54
 def until(
     blob: bytes,  # A checked entry
 ) -> float:       # Unix seconds; infinite where there is no limit

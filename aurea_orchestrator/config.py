@@ -5,7 +5,7 @@
 # %% ../nbs/01_config.ipynb #f3d5018c
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, ByteSize, Field, SecretStr, TypeAdapter, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -33,6 +33,12 @@ class _Where(BaseSettings):
         description="URL of the store, such as `redis://host:6379/0`, `sqlite:///cache.db` or `memory://`; wins over `REDIS_*`.",
     )
     cache_enabled: bool = Field(True, description="`false` computes every call and stores nothing.")
+    cache_mode: Literal["on", "refresh", "offline", "off"] = Field(
+        "on", description="`refresh` computes and stores every call; `offline` answers from the store, computes nothing; `off` stores nothing."
+    )
+    cache_explain: Literal["digest", "text", "off"] = Field(
+        "digest", description="What entries remember of their arguments, to explain misses: digests, the beginning of the text, or nothing."
+    )
     cache_llm_ttl: _Positive = Field(3600, description="Seconds that an LLM answer is kept.")
     cache_embedding_ttl: _Positive = Field(86400, description="Seconds that an embedding is kept.")
     cache_memory: ByteSize = Field(ByteSize(64_000_000), description="Size of the memory tier in each process; `0` switches it off.")

@@ -6,60 +6,145 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
+from . import codec
 from .effects import Flow, drive
 from .errors import StoreError
-from .events import Tally, hits_and_misses
+from .events import FREE, HITS, Cost, Outcome, Pair, Row, Tally, counting, hits_and_misses
 from .stores.base import Store
 
+_enter, _leave = counting.acquire, counting.release  # By name: `with` takes twice as long, and every hit would pay for it
 DELIVERY = 0.5  # Seconds until counts are in the store; `/cache/stats` promises one second
 
 # %% auto #0
-__all__ = ['DELIVERY', 'Counts', 'kinds', 'stats', 'summary']
+__all__ = ['DELIVERY', 'FIELDS', 'SAVED', 'SPENT', 'Counts', 'fold_all', 'kinds', 'stats', 'summary', 'cost_rows']
 
 # %% ../nbs/45_counts.ipynb #178616dd
-class Counts:
-    "Outcomes by kind: of this process at once, of the whole store soon."
+FIELDS = ("calls", *Cost._fields)
+SAVED, SPENT = frozenset(HITS), frozenset({Outcome.MISS, Outcome.BYPASS})  # How calls end that cost nothing, and that cost something
+_MOST = 256  # Entries whose hits are delivered at once: those that were asked for most
+
+
+class _Counting:
+    "What was counted in this process."
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.hearers: tuple[Callable[[str, str, Cost], None], ...] = ()  # Are told what was saved and spent
         self._begin()
         _all.add(self)
 
     def _begin(self) -> None:
         "Nothing counted yet; so begins a forked child too, for what its parent counted the parent delivers."
-        self.tally = Tally(partial(_promise, weakref.ref(self)))
-        self.add = self.tally.add  # Its own, without a call between: this is on the path of a hit
+        self.tally, self.functions = Tally(lambda: self.fold()), dict[str, Tally]()
+        self._hits: dict[str, list[Any]] = {}   # By key: how many, the beginning of the entry, who counts, what was there before
+        self._asked: dict[str, int] = {}        # By key: how often since the last delivery
+        self._called = False
+
+    def fold(self) -> None:
+        raise NotImplementedError
+
+    def hit(self, key: str, told: bytes, tally: Tally) -> None:
+        "An entry answered: these are its bytes, or their beginning up to its value."
+        _enter()
+        try:
+            row = self._hits.get(key)
+            if row is not None and row[1] == told and row[2] is tally:
+                row[0] += 1
+            else:
+                self._hits[key] = [1, told, tally, row]
+        finally:
+            _leave()
+        if not self._called:
+            self._call()
+
+    def _call(self) -> None:
+        self._called = True
+        _promise(weakref.ref(self))
+
+# %% ../nbs/45_counts.ipynb #3d6f4e2c
+class _Folding(_Counting):
+    "What it comes to."
+
+    def add(self, kind: str, outcome: str, count: int = 1, tally: Tally | None = None, name: str = "", cost: Cost = FREE) -> None:
+        "Count so many calls of a function that ended alike, and what they cost, or saved, together."
+        if (own := self.functions.get(name)) is None:
+            own = self.functions.setdefault(name, Tally())
+        for each in (self.tally, own, tally):
+            if each is not None:
+                each.add(kind, outcome, count, cost)
+        for hear in self.hearers if any(cost) else ():
+            hear(kind, outcome, cost)
+        if not self._called:
+            self._call()
+
+    def asked(self, key: str, n: int = 1) -> None:
+        "An entry was asked for."
+        self._asked[key] = self._asked.get(key, 0) + n
+
+    def fold(self) -> None:
+        "Count the hits that were only noted."
+        with counting:
+            hits, self._hits = self._hits, {}
+        for key, row in hits.items():
+            while row is not None:
+                n, told, tally, row = row
+                said = codec.header(told)
+                self.asked(key, n)
+                self.add(key.partition(":")[0], Outcome.HIT, n, tally, str(said.meta.get("name", "")), said.cost.times(n))
+
+    def named(self) -> dict[str, float]:
+        "All that was counted, by the names under which stores keep it."
+        names = {f"{kind}:{outcome}": row[0] for (kind, outcome), row in self.tally.rows().items()}
+        return names | _names({name: tally.rows() for name, tally in list(self.functions.items())})
+
+
+def _names(functions: Mapping[str, Mapping[Pair, Row]]) -> dict[str, float]:
+    "The counters of functions, by name."
+    every = ((name, *pair, row) for name, rows in functions.items() for pair, row in rows.items())
+    return {f"@{field}:{kind}:{outcome}:{name}": n for name, kind, outcome, row in every for field, n in zip(FIELDS, row) if n}
+
+# %% ../nbs/45_counts.ipynb #7fce8234
+class Counts(_Folding):
+    "Outcomes by kind and function: of this process at once, of the whole store soon."
 
     def deliver(self) -> Flow[None]:
         "Carry what is new to the store. Raises `StoreError`; then it is kept for the next time."
+        self._called = False
         fresh = self.tally.take()
+        functions = {name: tally.take() for name, tally in list(self.functions.items())}
         try:
             if fresh:
-                yield from self.store.bump({f"{kind}:{outcome}": n for (kind, outcome), n in fresh.items()})
+                yield from self.store.bump({f"{kind}:{outcome}": row[0] for (kind, outcome), row in fresh.items()} | _names(functions))
         except BaseException:
             self.tally.give(fresh)
+            for name, rows in functions.items():
+                self.functions[name].give(rows)
             raise
+        asked, self._asked = self._asked, {}
+        if asked:
+            with suppress(StoreError):
+                yield from self.store.mark(dict(sorted(asked.items(), key=lambda one: -one[1])[:_MOST]))
 
-# %% ../nbs/45_counts.ipynb #3d6f4e2c
-_all: weakref.WeakSet[Counts] = weakref.WeakSet()
+# %% ../nbs/45_counts.ipynb #1f9286e6
+_all: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _promise(reference: weakref.ref[Counts]) -> None:
+def _promise(reference: weakref.ref[Any]) -> None:
     timer = threading.Timer(DELIVERY, _deliver, [reference])
     timer.daemon = True
     with suppress(RuntimeError):  # The interpreter is ending; `_at_exit` delivers
         timer.start()
 
 
-def _deliver(reference: weakref.ref[Counts]) -> None:
+def _deliver(reference: weakref.ref[Any]) -> None:
     if (counts := reference()) is not None:
         with suppress(StoreError):
             drive(counts.deliver())
@@ -69,6 +154,12 @@ def _deliver(reference: weakref.ref[Counts]) -> None:
 def _at_exit() -> None:
     for counts in list(_all):
         _deliver(weakref.ref(counts))
+
+
+def fold_all() -> None:
+    "Count the hits that were only noted, of every cache."
+    for counts in list(_all):
+        counts.fold()
 
 
 def _after_fork() -> None:
@@ -84,7 +175,7 @@ def kinds(counts: Counts) -> Flow[set[str]]:
     "Every kind that the store has counted, and the two that every store may hold."
     yield from counts.deliver()
     totals = yield from counts.store.counts()
-    return {"llm", "embedding"} | {name.rpartition(":")[0] for name in totals}
+    return {"llm", "embedding"} | {name.rpartition(":")[0] for name in totals if not name.startswith("@")}
 
 
 def stats(counts: Counts) -> Flow[dict[str, Any]]:
@@ -96,17 +187,48 @@ def stats(counts: Counts) -> Flow[dict[str, Any]]:
         totals: Mapping[str, float] = yield from store.counts()
         facts |= yield from store.info()
     except StoreError as error:
-        totals, facts = counts.tally.named(), facts | {"up": False, "trouble": str(error)}
+        totals, facts = counts.named(), facts | {"up": False, "trouble": str(error)}
     return {**summary(totals), "store": facts}
 
 
 def summary(totals: Mapping[str, float]) -> dict[str, Any]:
-    "The sums of counters named `kind:outcome`; `hit_rate` in percent, two decimals."
+    "The sums of counters; `hit_rate` in percent, two decimals. What was saved and spent, in all, by kind, by function."
     outcomes: dict[str, dict[str, int]] = {"llm": {}, "embedding": {}}
     for name, n in sorted(totals.items()):
         kind, _, outcome = name.rpartition(":")
-        outcomes.setdefault(kind, {})[outcome] = int(n)
+        if not name.startswith("@"):
+            outcomes.setdefault(kind, {})[outcome] = int(n)
     sums = {kind: hits_and_misses(by) for kind, by in outcomes.items()}
     hits, misses = (sum(one[which] for one in sums.values()) for which in ("hits", "misses"))
     rate = round(100 * hits / (hits + misses), 2) if hits + misses else 0.0
-    return {**sums, "total": {"hits": hits, "misses": misses, "requests": hits + misses, "hit_rate": rate}, "outcomes": outcomes}
+    whole = {"hits": hits, "misses": misses, "requests": hits + misses, "hit_rate": rate}
+    rows = [(*name[1:].split(":", 3), n) for name, n in totals.items() if name.startswith("@")]
+    costs = {kind: _sides([row for row in rows if row[1] == kind]) for kind in outcomes}
+    functions = {name: _function([row for row in rows if row[3] == name]) for name in sorted({str(row[3]) for row in rows} - {""})}
+    return {**sums, "total": whole, "outcomes": outcomes, **_sides(rows), "costs": costs, "functions": functions}
+
+# %% ../nbs/45_counts.ipynb #fe57a460
+_Counter: TypeAlias = tuple[Any, ...]  # Field, kind, outcome, function, how much
+
+
+def _sides(rows: Sequence[_Counter]) -> dict[str, dict[str, float]]:
+    "What was saved, and what was spent."
+    return {side: _cost([row for row in rows if row[2] in which])._asdict() for side, which in (("saved", SAVED), ("spent", SPENT))}
+
+
+def _cost(rows: Sequence[_Counter]) -> Cost:
+    seconds, prompt, completion, usd = (sum(row[4] for row in rows if row[0] == field) for field in Cost._fields)
+    return Cost(round(seconds, 6), round(prompt), round(completion), round(usd, 9))
+
+
+def _function(rows: Sequence[_Counter]) -> dict[str, Any]:
+    calls: dict[str, float] = {}
+    for field, _, outcome, _, n in rows:
+        calls[outcome] = calls.get(outcome, 0) + n * (field == "calls")
+    return {**hits_and_misses(calls), **_sides(rows)}
+
+
+def cost_rows(tally: Tally, which: frozenset[Outcome]) -> Cost:
+    "What the calls cost together that ended in one of these ways."
+    rows = [Cost(row[1], int(row[2]), int(row[3]), row[4]) for (_, outcome), row in tally.rows().items() if outcome in which]
+    return functools.reduce(Cost.plus, rows, Cost())

@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 from .admission import anything, whole
 from .calling import ONE, ROWS, Call, CallForMissing, Shape
 from .cache import Cache, fetch, get_cache, glance, seek
 from .effects import Effect, Flow, adrive, drive
 from .errors import ConfigError
+from .counts import SAVED, SPENT, cost_rows, fold_all
 from .events import Tally, hits_and_misses
+from .facts import digest
 from .call import Binder, argument, identity
-from .keys import check_kind, check_namespace, key_for, make_many
+from .keys import check_kind, key_for, make_many
+from .options import CacheInfo, Options
 from .replay import play
 from .request import Request
 from .steps import clear, forget
 from .streams import END, Source, read
+
+if TYPE_CHECKING:
+    from aurea_orchestrator.sheets import Sheet
 
 _P = ParamSpec("_P")
 _Q = ParamSpec("_Q")
@@ -32,47 +35,10 @@ _R = TypeVar("_R")
 _S = TypeVar("_S")
 
 # %% auto #0
-__all__ = ['Options', 'CacheInfo', 'CachedFunction', 'BoundFunction', 'AsyncCachedFunction', 'CachedGenerator',
-           'AsyncCachedGenerator', 'CachedEmbedding', 'AsyncCachedEmbedding', 'cache_llm_response', 'cache_embedding',
-           'cached']
+__all__ = ['CachedFunction', 'BoundFunction', 'AsyncCachedFunction', 'CachedGenerator', 'AsyncCachedGenerator', 'CachedEmbedding',
+           'AsyncCachedEmbedding', 'cache_llm_response', 'cache_embedding', 'cached']
 
 # %% ../nbs/51_decorators.ipynb #4590e5b1
-@dataclass(frozen=True)
-class Options:
-    "How a function is cached."
-
-    ttl: float | timedelta | None = None    # Seconds that an answer is kept; None: the cache's own for the kind
-    namespace: str | None = None            # A wall: answers of another namespace are never seen
-    version: str | int | None = None              # Your word for the function's code; a new one forgets the old answers
-    ignore: str | Sequence[str] = ()        # Arguments that do not change the answer: a client, a logger
-    stale: float | timedelta = 0.0          # Seconds past the ttl that an answer may be served while it is refreshed
-    keep: Callable[[Any], bool] | None = None  # Which answers are worth storing; None: those that were not cut short
-    early: float = 0.0                      # How eagerly to refresh before the ttl is over, in the background: 1 is usual, 0 never
-    cache: Cache | None = None              # Which cache; None: the process-wide one, at each call
-
-    def __post_init__(self) -> None:
-        check_namespace(self.namespace)
-        object.__setattr__(self, "ttl", None if self.ttl is None else _seconds("ttl", self.ttl, 1e-3))
-        object.__setattr__(self, "stale", _seconds("stale", self.stale, 0.0))
-        object.__setattr__(self, "early", _seconds("early", self.early, 0.0))
-        object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
-
-
-def _seconds(name: str, value: Any, least: float) -> float:
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds < least:
-        raise ConfigError(f"{name}={value!r} cannot work: it is a finite number, at least {least:g}, or a timedelta")
-    return float(seconds)
-
-# %% ../nbs/51_decorators.ipynb #2c205d56
-class CacheInfo(NamedTuple):
-    "How the calls of a function in this process ended."
-
-    hits: int
-    misses: int
-    outcomes: dict[str, int]   # By outcome: hit, stale, near, shared, miss, bypass, error
-
-
 class _Cached:
     "What all cached functions have in common."
 
@@ -81,7 +47,7 @@ class _Cached:
         self.__wrapped__, self.kind, self.options = fn, check_kind(kind), options
         self.__code__: Any = getattr(fn, "__code__", None)
         self.__defaults__, self.__kwdefaults__ = getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None)
-        self.tally, self.parameters = Tally(), inspect.signature(fn).parameters
+        self.tally, self.parameters = Tally(fold_all), inspect.signature(fn).parameters
         self.name, self._method = f"{fn.__module__}.{fn.__qualname__}", _is_method(fn)
         self._bypass = argument(fn, "bypass_cache") if "bypass_cache" in self.parameters else None
         self._draws = bool(options.early)  # Then a hit may have to be refreshed, and only `fetch` draws lots
@@ -92,6 +58,22 @@ class _Cached:
 
     def __reduce__(self) -> str:
         return str(self.__wrapped__.__qualname__)  # Pickled by name, as functions are
+
+    def _sheet(self) -> Sheet:
+        from aurea_orchestrator.display import of_function
+        ttl: Any = self.options.ttl or self.cache.ttl_of(self.kind)
+        return of_function(self.name, self.kind, ttl, self.options.namespace, self.options.version, self.cache_info())
+
+    def _repr_html_(self) -> str:
+        return self._sheet().html()
+
+    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
+        p.text(str(self._sheet()))
+
+    def cache_info(self) -> CacheInfo:
+        "How the calls in this process ended, and what that saved and cost."
+        outcomes, tally = self.tally.of(self.kind), self.tally
+        return CacheInfo(**hits_and_misses(outcomes), outcomes=outcomes, saved=cost_rows(tally, SAVED), spent=cost_rows(tally, SPENT))
 
     @property
     def cache(self) -> Cache:
@@ -105,6 +87,7 @@ def _is_method(fn: Callable[..., Any]) -> bool:
     return bool(outer) and outer[0] != "<locals>" and next(iter(inspect.signature(fn).parameters), "") in ("self", "cls")
 
 # %% ../nbs/51_decorators.ipynb #0241b892
+_Given: TypeAlias = tuple[Sequence[Any], dict[str, Any]]  # Arguments of a call
 _Compute: TypeAlias = Callable[[dict[str, Any], Sequence[int]], Effect]  # Given the facts to note and the positions that are missing
 
 
@@ -115,29 +98,68 @@ class _Asking(_Cached):
         "Whether the caller wants to bypass the cache; takes the argument away unless the function declares it."
         return bool(self._bypass(*args, **kwargs) if self._bypass else kwargs.pop("bypass_cache", False))
 
-    def _request(self, keys: Sequence[str], compute: _Compute, fresh: bool) -> Request:
+    def _request(self, keys: Sequence[str], compute: _Compute, fresh: bool, given: _Given) -> Request:
         "The request that a call makes."
         ttl: Any = self.options.ttl or self.cache.ttl_of(self.kind)
         stale: Any = self.options.stale
         meta = {"name": self.name}
         keep, early = self.options.keep or (whole if self.kind == "llm" else anything), self.options.early
-        return Request(self.kind, keys, functools.partial(compute, meta), ttl, self.name, fresh, keep, self.tally, early, stale, meta)
+        fields = functools.partial(self._fields, *given)
+        compute = functools.partial(compute, meta)
+        return Request(self.kind, keys, compute, ttl, self.name, fresh, keep, self.tally, early, stale, meta, fields, self._who)
 
     def key(self, *args: Any, **kwargs: Any) -> Any:
         "The key of a call: `kind:<64 hex>`, or `kind:<namespace>:<64 hex>`."
         kwargs.pop("bypass_cache", None)
         return self._key(*args, **kwargs)
 
-    def cache_info(self) -> CacheInfo:
-        "How the calls in this process ended."
-        outcomes = self.tally.of(self.kind)
-        return CacheInfo(**hits_and_misses(outcomes), outcomes=outcomes)
+    @functools.cached_property
+    def _who(self) -> str:
+        "Eight hex digits of who is asked: the function's module, code and surroundings, or what stands for them."
+        return digest(identity(self.__wrapped__, self.options.namespace, self.options.version))
+
+    @functools.cached_property
+    def _values(self) -> tuple[list[str], Callable[..., Any]]:
+        "The names of the arguments that are part of the key, and the way from a call to their values."
+        bind = Binder(self.__wrapped__, self.options.ignore, method=self._method)
+        return [p.name for p in bind.kept], bind.compiled(tuple)
+
+    def _fields(self, args: Sequence[Any], kwargs: dict[str, Any], position: int = 0) -> dict[str, Any]:
+        "The arguments of a call that are part of its key, by name."
+        names, values = self._values
+        return dict(zip(names, values(*args, **kwargs)))
 
 # %% ../nbs/51_decorators.ipynb #94f6c6c7
-class CachedFunction(_Asking, Generic[_P, _R]):
-    "A function whose answers are cached."
+class _Handy(_Asking):
+    "What people do with a function."
 
     _run: Callable[[Flow[Any]], Any] = staticmethod(drive)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Any:
+        "Why such a call would be a hit or a miss; a list, for a list of texts. See `explain`."
+        fresh, found = self._fresh(args, kwargs), self.key(*args, **kwargs)
+        return self._run(self._explain([found] if isinstance(found, str) else found, args, kwargs, fresh, isinstance(found, list)))
+
+    def _explain(self, keys: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], fresh: bool, many: bool) -> Flow[Any]:
+        from aurea_orchestrator.explain import explain
+        told = []
+        for place, key in enumerate(keys):
+            told.append((yield from explain(self.cache, key, self.name, self._who, self._fields(args, kwargs, place), fresh)))
+        return told if many else told[0]
+
+    def map(self, inputs: Any, /, **options: Any) -> list[Any]:
+        "Call it for many inputs, several at once, in order; options as in `plans.Plan`, all others are arguments of every call."
+        from aurea_orchestrator.runs import run_all
+        return run_all(self, inputs, **options)
+
+    async def amap(self, inputs: Any, /, **options: Any) -> list[Any]:
+        "`map`, awaited."
+        from aurea_orchestrator.runs import arun_all
+        return await arun_all(self, inputs, **options)
+
+# %% ../nbs/51_decorators.ipynb #394eedce
+class CachedFunction(_Handy, Generic[_P, _R]):
+    "A function whose answers are cached."
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         begun = self._begin(args, kwargs)
@@ -151,15 +173,15 @@ class CachedFunction(_Asking, Generic[_P, _R]):
         return found or self._ask_one(args, kwargs, key, fresh)
 
     def _ask_one(self, args: Sequence[Any], kwargs: dict[str, Any], key: str, fresh: bool) -> Flow[Any]:
-        return self._ask([key], lambda *_: Call(self.__wrapped__, args, kwargs), fresh, ONE)
+        return self._ask([key], lambda *_: Call(self.__wrapped__, args, kwargs), fresh, ONE, (args, kwargs))
 
-    def _ask(self, keys: Sequence[str], compute: _Compute, fresh: bool, shape: Shape) -> Flow[Any]:
+    def _ask(self, keys: Sequence[str], compute: _Compute, fresh: bool, shape: Shape, given: _Given) -> Flow[Any]:
         "What the store has, if it has all; else the sentence goes on from there."
-        found, blobs = None, None
+        found = blobs = None
         if not fresh and not self._draws:
             found, blobs = yield from seek(self.cache, self.kind, keys, self.tally, shape.read)
         if found is None:
-            replies = yield from fetch(self.cache, self._request(keys, compute, fresh), blobs)
+            replies = yield from fetch(self.cache, self._request(keys, compute, fresh, given), blobs)
             return shape.made([reply.value for reply in replies], [reply.meta for reply in replies])
         return found[0]
 
@@ -202,9 +224,11 @@ class BoundFunction(Generic[_Q, _R]):
     def __repr__(self) -> str:
         return f"<bound {self.__func__!r} of {type(self.__self__).__name__}>"
 
+    map, amap = CachedFunction.map, CachedFunction.amap
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.__func__, name)
-        return functools.partial(found, self.__self__) if name in ("key", "refresh", "invalidate") else found
+        return functools.partial(found, self.__self__) if name in ("key", "refresh", "invalidate", "explain") else found
 
 # %% ../nbs/51_decorators.ipynb #6709a0cd
 class AsyncCachedFunction(CachedFunction[_P, _R]):
@@ -225,7 +249,7 @@ class CachedGenerator(CachedFunction[_P, _R]):
 
     def _stream(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Request, Callable[[], Source]]:
         fresh, fn = self._fresh(args, kwargs), self.__wrapped__
-        request = self._request([self._key(*args, **kwargs)], lambda *_: Call(fn, args, kwargs), fresh)
+        request = self._request([self._key(*args, **kwargs)], lambda *_: Call(fn, args, kwargs), fresh, (args, kwargs))
         return request, lambda: fn(*args, **kwargs)
 
     def _items(self, request: Request, begin: Callable[[], Source]) -> Any:
@@ -306,7 +330,12 @@ class _Listing(CachedFunction[_P, _R]):
             missing = [texts[position] for position in positions]
             again = self._lists.replaced(args, kwargs, tuple(missing) if type(texts) is tuple else missing)
             return CallForMissing(Call(self.__wrapped__, *again), self.name, meta)
-        return self._ask(self._lists.keys(args, kwargs, texts), compute, fresh, ROWS)
+        return self._ask(self._lists.keys(args, kwargs, texts), compute, fresh, ROWS, (args, kwargs))
+
+    def _fields(self, args: Sequence[Any], kwargs: dict[str, Any], position: int = 0) -> dict[str, Any]:
+        fields = super()._fields(args, kwargs)
+        texts = self._lists.texts(args, kwargs)
+        return fields if texts is None else {**fields, self._lists.name: texts[position]}
 
     def key(self, *args: Any, **kwargs: Any) -> Any:
         "The key of a call; a list of keys for a list of texts."

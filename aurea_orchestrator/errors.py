@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['AureaError', 'ConfigError', 'UnkeyableError', 'BatchError', 'StreamLostError', 'CodecError', 'UnstorableError',
-           'DamagedEntryError', 'StoreError', 'StoreUnavailableError', 'StoreTimeoutError', 'BackendError',
-           'BackendUnavailableError', 'BackendTimeoutError', 'BackendAnswerError', 'BackendRefusedError']
+__all__ = ['AureaError', 'ConfigError', 'UnkeyableError', 'BatchError', 'OfflineMissError', 'StreamLostError', 'CodecError',
+           'UnstorableError', 'DamagedEntryError', 'StoreError', 'StoreUnavailableError', 'StoreTimeoutError',
+           'BackendError', 'BackendUnavailableError', 'BackendTimeoutError', 'BackendAnswerError',
+           'BackendRefusedError']
 
 # %% ../nbs/00_errors.ipynb #9ab319ca
 class AureaError(Exception):
@@ -27,6 +28,10 @@ class BatchError(AureaError, ValueError):
     "An embedding function returned another number of vectors than it was given texts; nothing was stored."
 
 # %% ../nbs/00_errors.ipynb #c011600e
+class OfflineMissError(AureaError, LookupError):
+    "There is no stored answer, and the mode is offline, in which nothing is computed."
+
+
 class StreamLostError(AureaError):
     "A stream that this call had joined, in another process, broke off; what was said before was passed on."
 

@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 import logging
+import operator
+import os
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['STEPS', 'HITS', 'Listener', 'Outcome', 'hits_and_misses', 'Event', 'Bus', 'Clock', 'Tally']
+__all__ = ['STEPS', 'HITS', 'Listener', 'counting', 'FREE', 'Pair', 'Row', 'Outcome', 'hits_and_misses', 'Event', 'Bus', 'Clock',
+           'Cost', 'Tally']
 
 # %% ../nbs/02_events.ipynb #7819a06f
 STEPS = ("request", "key", "lookup", "lease", "compute", "store", "reply")
@@ -98,57 +100,83 @@ class Clock(NamedTuple):
     tick: Callable[[], float] = time.perf_counter
 
 # %% ../nbs/02_events.ipynb #1e44b087
-_counting = threading.Lock()
-_enter, _leave = _counting.acquire, _counting.release
+class Cost(NamedTuple):
+    "What a computation cost, or what several did."
 
+    seconds: float = 0.0
+    prompt_tokens: int = 0      # All that were sent, those that the provider had cached too
+    completion_tokens: int = 0  # All that came back, thoughts too
+    usd: float = 0.0            # US dollars; 0 where no price is known
 
-def _nobody() -> None:
-    "Nobody comes for the counts."
+    def plus(self, other: Cost) -> Cost:
+        "Both together."
+        seconds, prompt, completion, usd = other
+        return Cost(self.seconds + seconds, self.prompt_tokens + prompt, self.completion_tokens + completion, self.usd + usd)
+
+    def times(self, n: int) -> Cost:
+        "The same, so many times."
+        return Cost(n * self.seconds, n * self.prompt_tokens, n * self.completion_tokens, n * self.usd)
+
+    def shared(self, n: int) -> list[Cost]:
+        "The parts of so many rows; their tokens add up exactly."
+        return [self._part(i, n) for i in range(n)]
+
+    def _part(self, i: int, n: int) -> Cost:
+        prompt, completion = ((tokens + n - 1 - i) // n for tokens in self[1:3])
+        return Cost(self.seconds / n, prompt, completion, self.usd / n)
 
 # %% ../nbs/02_events.ipynb #9da10b5e
+counting = threading.Lock()  # Of all tallies
+FREE = Cost()
+Pair: TypeAlias = tuple[str, str]        # Kind and outcome
+Row: TypeAlias = tuple[float, ...]       # How many, and what they cost together
+
+
+def _nothing() -> None:
+    "Nothing was left for later."
+
+
+if hasattr(os, "register_at_fork"):  # A child must not be born with it held by nobody
+    os.register_at_fork(before=counting.acquire, after_in_parent=counting.release, after_in_child=counting.release)
+
+
 class Tally:
-    "Counts outcomes per kind, exactly, from any thread."
+    "Counts outcomes per kind, and what they cost, exactly, from any thread."
 
-    def __init__(self, due: Callable[[], None] = _nobody) -> None:
-        self._total: defaultdict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(Outcome, 0))  # All that was counted
-        self._taken: dict[tuple[str, str], int] = {}                                                    # What of it was taken
-        self._due, self._called = due, False
+    def __init__(self, before: Callable[[], None] = _nothing) -> None:
+        self._rows: dict[Pair, Row] = {}    # All that was counted
+        self._taken: dict[Pair, Row] = {}   # What of it was taken
+        self._before = before
 
-    def add(self, kind: str, outcome: str, count: int = 1, also: Tally | None = None) -> None:
-        "Count, here and in another tally."
-        _enter()
-        try:
-            self._total[kind][outcome] += count
-            if also is not None:
-                also._total[kind][outcome] += count
-        finally:
-            _leave()
-        if not self._called:
-            self._called = True
-            self._due()
+    def add(self, kind: str, outcome: str, count: int = 1, cost: Cost = FREE) -> None:
+        "Count so many, which cost so much together."
+        with counting:
+            before = self._rows.get((kind, outcome), _NONE)
+            self._rows[kind, outcome] = tuple(map(operator.add, before, (count, *cost)))
 
-    def _flat(self) -> dict[tuple[str, str], int]:
-        return {(kind, outcome): n for kind, by in self._total.items() for outcome, n in by.items() if n}
+    def take(self) -> dict[Pair, Row]:
+        "What was counted since the last time."
+        self._before()
+        with counting:
+            before, self._taken = self._taken, dict(self._rows)
+        new = {pair: row for pair, row in self._taken.items() if row != before.get(pair)}
+        return {pair: tuple(map(operator.sub, row, before.get(pair, _NONE))) for pair, row in new.items()}
 
-    def take(self) -> dict[tuple[str, str], int]:
-        "What was counted since the last time, by (kind, outcome)."
-        self._called = False
-        with _counting:
-            before, self._taken = self._taken, self._flat()
-        return {pair: n - before.get(pair, 0) for pair, n in self._taken.items() if n != before.get(pair, 0)}
-
-    def give(self, fresh: dict[tuple[str, str], int]) -> None:
+    def give(self, fresh: dict[Pair, Row]) -> None:
         "Put back what was taken and could not be delivered."
-        with _counting:
-            for pair, count in fresh.items():
-                self._taken[pair] -= count
+        with counting:
+            for pair, row in fresh.items():
+                self._taken[pair] = tuple(map(operator.sub, self._taken[pair], row))
 
-    def named(self) -> dict[str, int]:
-        "All that was counted, by `kind:outcome`, as stores keep it."
-        with _counting:
-            return {f"{kind}:{outcome}": n for (kind, outcome), n in self._flat().items()}
+    def rows(self) -> dict[Pair, Row]:
+        "All that was counted."
+        self._before()
+        with counting:
+            return dict(self._rows)
 
     def of(self, kind: str) -> dict[str, int]:
-        "All that was counted for a kind, by outcome."
-        with _counting:
-            return {str(outcome): n for (k, outcome), n in self._flat().items() if k == kind}
+        "How many were counted of a kind, by outcome."
+        return {str(outcome): int(row[0]) for (k, outcome), row in self.rows().items() if k == kind}
+
+
+_NONE: Row = (0, *Cost())

@@ -90,4 +90,8 @@ def first_difference(
     "Where two texts begin to differ."
     at = next((i for i, (a, b) in enumerate(zip(now, before, strict=False)) if a != b), min(len(now), len(before)))
     start = max(0, at - around)
-    return tuple(("…" if start else "") + text[start:at + around] + ("…" if len(text) > at + around else "") for text in (now, before))  # type: ignore[return-value]
+
+    def piece(text: str) -> str:
+        return ("…" if start else "") + text[start:at + around] + ("…" if len(text) > at + around else "")
+
+    return piece(now), piece(before)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, inf
 
 from .events import HITS, Outcome
 from .request import Reply
@@ -34,7 +34,7 @@ def cache_headers(
     said = f"aurea; {_FORWARDED.get(outcome, 'hit')}" if enabled else "aurea; fwd=bypass"
     if outcome in _COMPUTED and all(reply.ttl for reply in replies):
         said += "; stored"
-    if one.ttl:
+    if 0 < one.ttl < inf:
         said += f"; ttl={ceil(one.born + one.ttl - now)}"
     if not counts:
         said += f'; key="{one.key}"'

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from . import __version__
+from . import __version__, costs
 from .auth import open_door
 from .backends.base import Backend, FunctionBackend
 from .backends.demo import DemoBackend
@@ -60,6 +60,8 @@ def build(settings: Settings, stack: ExitStack, cache: Cache | None = None) -> H
     metrics = Metrics(__version__, lambda: getattr(cache.store, "trouble", None) is None, server_folder())
     stack.callback(metrics.close)
     stack.enter_context(cache.bus.listening(metrics.hear))
+    cache.counts.hearers = (metrics.hear_cost,)
+    costs.ready()
     house = House(cache, llm, embedding, metrics, settings.api_keys, settings.max_body, __version__)
     if llm.name == "demo" or embedding.name == "demo":
         house.notes.append("no upstream is configured, so the demo answers; set LLM_BASE_URL (and LLM_API_KEY) or LLM_BACKEND")

@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from .events import HITS, STEPS, Event, Outcome
+from .counts import fold_all
+from .events import HITS, STEPS, Cost, Event, Outcome
 from .ledger import Ledger, Name
 
 # %% auto #0
@@ -30,6 +31,12 @@ METRICS = {
     "cache_misses_total": "Lookups that had to be computed.",
     "cache_hit_rate": "Hits in percent of hits and misses.",
     "cache_outcomes_total": "How calls ended: hit, stale, near, shared, miss, bypass, error.",
+    "cache_saved_seconds_total": "Seconds of computation that answers from the cache had cost when they were computed.",
+    "cache_saved_tokens_total": "Tokens that answers from the cache had cost when they were computed.",
+    "cache_saved_usd_total": "US dollars that answers from the cache had cost when they were computed, at list prices.",
+    "cache_spent_seconds_total": "Seconds that computations took.",
+    "cache_spent_tokens_total": "Tokens that computations used.",
+    "cache_spent_usd_total": "US dollars that computations cost, at list prices.",
     "cache_step_duration_seconds": "Time that a step of the cache flow took.",
     "cache_errors_total": "Steps that failed, by the class of the error.",
     "cache_store_up": "1 while the store can be used, 0 while it is in trouble.",
@@ -44,6 +51,8 @@ _COUNTERS = {
     "cache_misses_total": ("cache_type",),
     "cache_outcomes_total": ("cache_type", "outcome"),
     "cache_errors_total": ("cache_type", "step", "error"),
+    **{f"cache_{side}_{what}_total": ("cache_type",) for side in ("saved", "spent") for what in ("seconds", "usd")},
+    **{f"cache_{side}_tokens_total": ("cache_type", "token") for side in ("saved", "spent")},
     "http_requests_total": ("method", "path", "status"),
 }
 _TIMES = {"cache_step_duration_seconds": ("cache_type", "step"), "http_request_duration_seconds": ("method", "path")}
@@ -118,12 +127,21 @@ class _Meters:
                 self._add(0, "cache_misses_total", kind)
                 for outcome in Outcome:
                     self._add(0, "cache_outcomes_total", kind, outcome)
+                for side in ("saved", "spent"):
+                    self._cost(side, kind, Cost())
                 for step in STEPS:
                     self._ledger.row(("cache_step_duration_seconds", kind, step), _CELLS)
 
     def _add(self, n: float, *series: str) -> None:
         "Add to a counter; under the lock."
         self._ledger.row(series)[0] += n
+
+    def _cost(self, side: str, kind: str, cost: Cost) -> None:
+        "Add to what was saved or spent; under the lock."
+        self._add(cost.seconds, f"cache_{side}_seconds_total", kind)
+        self._add(cost.usd, f"cache_{side}_usd_total", kind)
+        self._add(cost.prompt_tokens, f"cache_{side}_tokens_total", kind, "prompt")
+        self._add(cost.completion_tokens, f"cache_{side}_tokens_total", kind, "completion")
 
     def _time(self, seconds: float, *series: str) -> None:
         "Add to a histogram; under the lock."
@@ -150,6 +168,11 @@ class Metrics(_Meters):
             else:
                 self._add(1, "cache_errors_total", kind, event.step, event.error)
 
+    def hear_cost(self, kind: str, outcome: str, cost: Cost) -> None:
+        "Count what was saved or spent; give it to `Counts.hearers`. Hits come in half a second, together."
+        with self._ledger.lock:
+            self._cost("saved" if outcome in HITS else "spent", kind, cost)
+
     def answered(self, method: str, path: str, status: int, seconds: float) -> None:
         "Count an HTTP reply. `path` must be a route, not what a client wrote, or series would grow without bound."
         with self._ledger.lock:
@@ -163,6 +186,7 @@ class Metrics(_Meters):
     def render(self) -> bytes:
         "The page that Prometheus reads, in its text format 0.0.4."
         import prometheus_client
+        fold_all()
         page: bytes = prometheus_client.generate_latest(_Page(self))
         return page
 

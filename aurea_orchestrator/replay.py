@@ -18,11 +18,11 @@ from . import codec
 from .admission import anything
 from .effects import Flow, adrive, drive
 from .errors import CodecError, StoreError, StreamLostError, UnstorableError
-from .events import Outcome
+from .events import FREE, Cost, Outcome
 from .flight import Stopped
 from .leases import wake
 from .request import Reply, Request, Workings, count, tell
-from .steps import lookup, made, store, usable, warn_once, worth
+from .steps import lookup, made, offline, store, usable, warn_once, worth
 from .streams import END, Again, Apart, Pull, Source, Tape
 
 # %% auto #0
@@ -52,20 +52,23 @@ def thaw(frozen: bytes | Loose) -> Any:
 def play(cache: Workings, request: Request, begin: Callable[[], Source]) -> Flow[Tape]:
     "request → key → lookup; reading the tape then leases, computes, stores and replies."
     (key,) = request.keys
-    fresh = request.bypass or not cache.enabled
+    fresh = request.bypass or not cache.looks
     found = {} if fresh else (yield from lookup(cache, request, [key]))
     if key in found:
         if found[key].outcome is Outcome.STALE:
             yield from refresh(cache, request, begin)
-        count(cache, request, [found[key].outcome])
+        cache.counts.asked(key)
+        count(cache, request, [(found[key].outcome, found[key].cost)])
         return recorded(found[key])
+    if cache.current_mode == "offline":
+        raise (yield from offline(cache, request, key))
     if fresh:
         tape = Recording(cache, request, begin).tape
         tape.readers = 1
         return tape
     tape, led = cache.streams.board(key, lambda: Recording(cache, request, begin).tape)
     if not led:
-        count(cache, request, [Outcome.SHARED])
+        count(cache, request, [(Outcome.SHARED, FREE)])
     return tape
 
 
@@ -95,7 +98,7 @@ class _Opening:
         self.cache, self.request, self.begin, self.quiet = cache, request, begin, quiet
         (self.key,) = request.keys
         self.run, self.place = "", 0           # The name of our run, and how many of its records others can read
-        self.computing, self.alone = False, request.bypass or not cache.enabled
+        self.computing, self.alone = False, request.bypass or not cache.looks
         self.replied, self.beside, self.wished, self.ended = False, False, False, False
         self.began, self.heard = cache.clock.tick(), Future[None]()
         self.tape = Tape(self.open, self.finish, freeze=freeze, thaw=thaw)
@@ -112,19 +115,19 @@ class _Opening:
     def compute(self) -> Source:
         "What the user's function says."
         self.computing, self.began = True, self.cache.clock.tick()
-        self.reply(Outcome.BYPASS if self.request.bypass or not self.cache.enabled else Outcome.MISS)
+        self.reply(Outcome.BYPASS if self.request.bypass or not self.cache.looks else Outcome.MISS)
         return self.begin()
 
     def stored(self, reply: Reply) -> Source:
         "What another process has stored meanwhile."
         pieces, returned = reply.value
-        self.reply(Outcome.HIT)
+        self.reply(Outcome.HIT, reply.cost)
         return Said([thaw(piece) for piece in pieces], thaw(returned))
 
-    def reply(self, outcome: Outcome) -> None:
+    def reply(self, outcome: Outcome, cost: Cost = FREE) -> None:
         "Count how the call that opened this ended; once."
         if not self.replied and not self.quiet:
-            count(self.cache, self.request, [outcome])
+            count(self.cache, self.request, [(outcome, cost)])
         self.replied = True
 
 # %% ../nbs/49_replay.ipynb #b9f2a8f4
@@ -221,7 +224,7 @@ class Recording(_Leading):
                 if error is None:
                     yield from self.keep(tape)
                 elif not isinstance(error, Stopped) and not self.quiet:
-                    count(self.cache, self.request, [Outcome.ERROR])
+                    count(self.cache, self.request, [(Outcome.ERROR, FREE)])
         finally:
             with suppress(StoreError):
                 yield from self.cache.leases.settle([], [self.key], self.run)
@@ -234,8 +237,16 @@ class Recording(_Leading):
             warn_once(self.cache, request.name or request.kind, loose.why)
         elif self.cache.enabled and worth(request, [thaw(piece) for piece in tape.items]):
             said = {self.key: [tape.items, returned]}
-            request = replace(request, keep=anything)
-            yield from store(self.cache, request, made(self.cache, request, said, self.cache.clock.tick() - self.began), self.run)
+            request, seconds = replace(request, keep=anything), self.cache.clock.tick() - self.began
+            replies = made(self.cache, request, said, seconds, [thaw(piece) for piece in tape.items])
+            self.spend(replies[self.key].cost)
+            yield from store(self.cache, request, replies, self.run)
+
+    def spend(self, cost: Cost) -> None:
+        "Count what it cost, now that it is known; its call was counted when it began."
+        if not self.quiet:
+            outcome = Outcome.BYPASS if self.request.bypass else Outcome.MISS
+            self.cache.counts.add(self.request.kind, outcome, 0, self.request.tally, self.request.name, cost)
 
 # %% ../nbs/49_replay.ipynb #2aaa1b78
 class Said:
@@ -250,6 +261,7 @@ class Said:
         yield
 
     def next(self) -> Flow[Any]:
+        "The next piece, or `END`."
         if not self.ready:
             yield from self.more()
         return self.ready.popleft() if self.ready else END

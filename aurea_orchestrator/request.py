@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 from .admission import anything
 from .counts import Counts
 from .effects import Effect
-from .events import Bus, Clock, Event, Outcome, Tally
+from .errors import ConfigError
+from .events import FREE, Bus, Clock, Cost, Event, Outcome, Tally
+from .facts import Allowed
 from .flight import Flight
 from .leases import Leases
 from .stores.base import Store
 from .streams import Streams
 
 # %% auto #0
-__all__ = ['Request', 'Reply', 'Workings', 'tell', 'count', 'ended']
+__all__ = ['MODES', 'Request', 'Reply', 'Workings', 'tell', 'count', 'ended']
 
 # %% ../nbs/47_request.ipynb #126d39bf
 @dataclass(slots=True)
@@ -40,6 +42,8 @@ class Request:
     early: float = 0.0                                # How eagerly to refresh before the ttl is over; see `admission.due`
     stale: float = 0.0                                # Seconds past the ttl that an entry may be served while it is refreshed
     meta: dict[str, Any] = field(default_factory=dict)# Facts to store with a new entry
+    fields: Callable[[int], Mapping[str, Any]] | None = None  # The arguments of a position, by name; to explain a miss
+    who: str = ""                                     # A digest of who is asked: another one, another function
 
 
 class Reply(NamedTuple):
@@ -52,9 +56,12 @@ class Reply(NamedTuple):
     born: float = 0.0           # When it was computed, Unix seconds
     ttl: float = 0.0            # Seconds it is kept from then on; 0 when it is not stored
     meta: Mapping[str, Any] = {}
-    cost: float = 0.0           # Seconds that computing it took
+    cost: Cost = FREE           # What computing it cost
 
 # %% ../nbs/47_request.ipynb #8b796ce6
+MODES = ("on", "refresh", "offline", "off")
+
+
 class Workings:
     "What the steps need: a store, who computes what, who counts, who listens."
 
@@ -64,22 +71,33 @@ class Workings:
         *,
         ttl: float = 3600.0,                             # Seconds that an entry is kept
         ttls: Mapping[str, float] | None = None,         # The same by kind; default: embeddings a day
-        enabled: bool = True,                            # False: compute everything, store nothing
+        enabled: bool = True,                            # False: compute everything, store nothing; as mode="off"
+        mode: str = "on",                                # on, refresh, offline, off; see `modes`
+        explain: Allowed = "digest",                     # What entries remember of their arguments; see `facts`
         finish: bool = False,                            # Finish a computation that everybody has left
         jitter: float = 0.0,                             # Shorten each ttl by up to this part, so that not all end together
         clock: Clock | None = None,                      # None: the time of this machine
         chance: Callable[[], float] = random.random,     # Draws from [0, 1)
     ) -> None:
-        self.store, self.enabled, self.finish, self.clock = store, enabled, finish, clock or Clock()
+        self.store, self.finish, self.clock, self.explain = store, finish, clock or Clock(), explain
+        self.switch(mode if enabled else "off")
         self.jitter, self.chance = jitter, chance
         self.ttl, self.ttls = ttl, {"embedding": 86400.0} if ttls is None else dict(ttls)
         self.bus, self.counts, self.flight, self.leases, self.streams = Bus(), Counts(store), Flight(), Leases(store), Streams()
         self.warned: set[str] = set()
+        self.ended_at: dict[str, float] = {}             # When what was stored here is past its ttl; the latest few thousand
         self.why = ""                                    # Why this store was chosen, for `/ready`
         _all.add(self)
 
     def __repr__(self) -> str:
         return f"Cache({self.store.url!r})"
+
+    def switch(self, mode: str) -> None:
+        "Work in another mode from now on."
+        if mode not in MODES:
+            raise ConfigError(f"mode {mode!r} is none; it is one of {', '.join(MODES)}")
+        self.current_mode, self.enabled = mode, mode != "off"
+        self.looks = mode in ("on", "offline")  # Whether what is stored may answer
 
     def ttl_of(self, kind: str) -> float:
         "Seconds that entries of a kind are kept."
@@ -104,17 +122,18 @@ def tell(cache: Workings, step: str, kind: str, began: float, error: BaseExcepti
         cache.bus.tell(Event(step, kind, cache.clock.tick() - began, error=type(error).__name__ if error else None))
 
 
-def count(cache: Workings, request: Request, outcomes: Iterable[Outcome]) -> None:
-    "Count how the places of a request ended."
-    totals: dict[Outcome, int] = {}
-    for outcome in outcomes:
-        totals[outcome] = totals.get(outcome, 0) + 1
-    for outcome, n in totals.items():
-        ended(cache, request.kind, outcome, n, request.tally)
+def count(cache: Workings, request: Request, ends: Iterable[tuple[Outcome, Cost]]) -> None:
+    "Count how the places of a request ended, and what each cost or saved."
+    totals: dict[Outcome, tuple[int, Cost]] = {}
+    for outcome, cost in ends:
+        n, before = totals.get(outcome, (0, FREE))
+        totals[outcome] = n + 1, before.plus(cost)
+    for outcome, (n, cost) in totals.items():
+        cache.counts.add(request.kind, outcome, n, request.tally, request.name, cost)
+        ended(cache, request.kind, outcome, n)
 
 
-def ended(cache: Workings, kind: str, outcome: Outcome, n: int, tally: Tally) -> None:
-    "Count so many lookups that ended alike, and tell who listens."
-    cache.counts.add(kind, outcome, n, tally)
+def ended(cache: Workings, kind: str, outcome: Outcome, n: int) -> None:
+    "Tell who listens that so many lookups ended alike."
     if cache.bus.listeners:
         cache.bus.tell(Event("reply", kind, outcome=outcome, count=n))

@@ -180,18 +180,16 @@ class Prompt:
         self.backend, self.fresh = house.llm, take_flag(given, "bypass_cache")
         self.prompt, self.context = take_text(given, "prompt"), take_text(given, "context", "")
         self.model, self.params = self.backend.resolve(take_text(given, "model", "default") or None), given
+        self.each = [{"prompt": self.prompt, "context": self.context, "model": self.model, "params": given}]
         if given.get("stream"):
             raise BadRequest(422, "'stream' is not spoken here; leave it out")
-
-    def asked(self) -> Asked:
-        "Where its answer is."
-        one = {"prompt": self.prompt, "context": self.context, "model": self.model, "params": self.params}
-        return Asked(keys_of(self.kind, self.backend, [one]), self.model, fresh=self.fresh)
+        self.asked = Asked(keys_of(self.kind, self.backend, self.each), self.model, fresh=self.fresh)
 
     async def answers(self, places: Sequence[int], meta: dict[str, Any]) -> list[bytes]:
         "The backend's answer, as the body of a reply."
         said = await self.backend.generate(self.prompt, self.context, self.model, **self.params)
         self.whole = said.complete
+        meta["said"], meta["model"] = {"usage": said.usage, "model": said.model}, said.model
         facts = {"response": said.response, "model": said.model, "backend": self.backend.name}
         return [msgspec.json.encode({**said.extra, **facts, "finish_reason": said.finish_reason, "usage": said.usage})]
 
@@ -210,16 +208,13 @@ class Texts:
         self.backend, self.fresh = house.embedding, take_flag(given, "bypass_cache")
         self.texts, self.several = take_texts(given, "text")
         self.model, self.params = self.backend.resolve(take_text(given, "model", "default") or None), given
-
-    def asked(self) -> Asked:
-        "Where its answers are."
-        each = [{"text": text, "model": self.model, "params": self.params} for text in self.texts]
-        return Asked(keys_of(self.kind, self.backend, each), self.model, self.several, self.fresh)
+        self.each = [{"text": text, "model": self.model, "params": given} for text in self.texts]
+        self.asked = Asked(keys_of(self.kind, self.backend, self.each), self.model, self.several, self.fresh)
 
     async def answers(self, places: Sequence[int], meta: dict[str, Any]) -> list[list[float]]:
         "The backend's vectors for those of its texts."
         made = await self.backend.embed([self.texts[place] for place in places], self.model, **self.params)
-        meta["model"] = made.model
+        meta["said"], meta["model"] = {"usage": made.usage, "model": made.model}, made.model
         return made.vectors
 
     @staticmethod
@@ -272,11 +267,12 @@ async def respond(request: Request, ask: type[Prompt] | type[Texts]) -> Response
     began = cache.clock.tick()
     if (asked := house.seen.get(raw)) is None:
         question = read()
-        house.seen.keep(raw, asked := question.asked())
+        house.seen.keep(raw, asked := question.asked)
     tell(cache, "key", kind, began)
     call = CacheRequest(
         kind, asked.keys, lambda places: Ask(lambda: compute(places)), cache.ttl_of(kind), name=ask.name,
         bypass=asked.fresh, keep=lambda _: question is None or question.whole, tally=house.tally, early=1.0, meta=meta,
+        fields=lambda place: (question or read()).each[place],
     )  # fmt: skip
     try:
         replies = await answer(cache, call)

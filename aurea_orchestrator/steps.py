@@ -8,15 +8,20 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
+from math import inf
 from typing import Any
 
 from . import codec, keys
+from .costs import cost_of
 from .counts import kinds
 from .effects import Flow
-from .errors import BatchError, CodecError, StoreError, UnstorableError
+from .errors import BatchError, CodecError, OfflineMissError, StoreError, UnstorableError
 from .events import Outcome
+from .flight import Behind, Computation
+from .facts import remembered
 from .leases import Woken
 from .request import Reply, Request, Workings, tell
 from .stores.base import Item
@@ -24,8 +29,8 @@ from .stores.base import Item
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['lookup', 'look', 'known', 'usable', 'opened', 'compute', 'made', 'store', 'worth', 'depth', 'warn_once', 'written',
-           'forget', 'clear', 'made_by']
+__all__ = ['lookup', 'look', 'known', 'usable', 'opened', 'compute', 'made', 'store', 'noted', 'worth', 'depth', 'warn_once',
+           'agree', 'fresh', 'behind', 'give_back', 'offline', 'written', 'forget', 'clear', 'made_by']
 
 # %% ../nbs/48_steps.ipynb #f143140a
 def lookup(cache: Workings, request: Request, wanted: Sequence[str]) -> Flow[dict[str, Reply]]:
@@ -71,7 +76,7 @@ def usable(cache: Workings, request: Request, key: str, blob: bytes | None, bega
 def opened(key: str, blob: bytes, outcome: Outcome = Outcome.HIT) -> Reply:
     "The reply that an entry makes. Raises `DamagedEntryError`."
     entry = codec.decode(blob, seal=key.encode())
-    return Reply(key, entry.value, outcome, blob, entry.born, entry.ttl or 0.0, entry.meta, entry.cost)
+    return Reply(key, entry.value, outcome, blob, entry.born, inf if entry.ttl is None else entry.ttl, entry.meta, entry.cost)
 
 # %% ../nbs/48_steps.ipynb #025a5634
 def compute(cache: Workings, request: Request, missing: Sequence[str]) -> Flow[tuple[Sequence[Any], float]]:
@@ -90,14 +95,17 @@ def compute(cache: Workings, request: Request, missing: Sequence[str]) -> Flow[t
     return values, cache.clock.tick() - began
 
 # %% ../nbs/48_steps.ipynb #a313b8bc
-def made(cache: Workings, request: Request, values: Mapping[str, Any], cost: float) -> dict[str, Reply]:
-    "A reply for every value, with its entry where it has a byte form."
-    born, meta = cache.clock.now(), request.meta
+def made(cache: Workings, request: Request, values: Mapping[str, Any], seconds: float, said: Any = None) -> dict[str, Reply]:
+    "A reply for every value, with its entry where it has a byte form; `said` bears the usage record, if no value does."
+    born, metas = cache.clock.now(), noted(cache, request, values)
+    said = request.meta.pop("said", said)
+    spent = cost_of(next(iter(values.values()), None) if said is None and len(values) == 1 else said, seconds, request.meta.get("model"))
+    costs = dict(zip(values, spent.shared(len(values))))
     ttl = request.ttl * (1.0 - cache.jitter * cache.chance())
-    replies = {key: Reply(key, value, Outcome.MISS, None, born, 0.0, meta) for key, value in values.items()}
+    replies = {key: Reply(key, value, Outcome.MISS, None, born, 0.0, metas[key], costs[key]) for key, value in values.items()}
     for key, value in values.items():
         try:
-            blob = codec.encode(value, born=born, ttl=ttl, cost=cost / len(values), meta=meta, seal=key.encode())
+            blob = codec.encode(value, born=born, ttl=ttl, cost=costs[key], meta=metas[key], seal=key.encode())
             replies[key] = replies[key]._replace(blob=blob, ttl=ttl if worth(request, value) else 0.0)
         except UnstorableError as error:
             warn_once(cache, request.name or request.kind, error)
@@ -108,12 +116,25 @@ def store(cache: Workings, request: Request, replies: Mapping[str, Reply], token
     "Store what can and should be stored, and give back its leases."
     began = cache.clock.tick()
     items = [Item(key, one.blob, one.ttl + request.stale) for key, one in replies.items() if one.blob is not None and one.ttl]
+    for item in items:
+        cache.ended_at[item.key] = replies[item.key].born + replies[item.key].ttl
+    while len(cache.ended_at) > 10_000:
+        cache.ended_at.pop(next(iter(cache.ended_at)), None)
     try:
         yield from cache.leases.settle(items, replies, token)
     except StoreError as error:
         tell(cache, "store", request.kind, began, error)
     else:
         tell(cache, "store", request.kind, began)
+
+# %% ../nbs/48_steps.ipynb #f0478c64
+def noted(cache: Workings, request: Request, those: Iterable[str]) -> dict[str, dict[str, Any]]:
+    "The facts that go with the entry of each key."
+    facts = {name: value for name, value in request.meta.items() if name != "said"}
+    if request.fields is None or cache.explain == "off":
+        return dict.fromkeys(those, facts)
+    places = {key: place for place, key in enumerate(request.keys)}
+    return {key: {**facts, "who": request.who, "args": remembered(request.fields(places[key]), cache.explain)} for key in those}
 
 
 def worth(request: Request, value: Any) -> bool:
@@ -141,6 +162,60 @@ def warn_once(cache: Workings, name: str, error: UnstorableError) -> None:
             warnings.warn(f"{name}: {error}; it was returned but not cached", UserWarning, stacklevel=depth())
         except UserWarning:
             _log.warning("%s: %s; it was returned but not cached", name, error)
+
+# %% ../nbs/48_steps.ipynb #abf91e1a
+def agree(cache: Workings, request: Request, keys: Sequence[str], known: Mapping[str, float]) -> Flow[tuple[dict[str, Reply], list[str]]]:
+    "What others have stored meanwhile, and what is ours to compute; waits while neither is anything."
+    began, waited = cache.clock.tick(), Outcome.HIT
+    expected: Future[None] | None = None
+    try:
+        while True:
+            answers = yield from cache.leases.acquire(keys)
+            there = {key: one for key, (blob, _) in zip(keys, answers) if (one := fresh(cache, request, key, blob, known)) is not None}
+            unfit = [key for key, (blob, _) in zip(keys, answers) if blob is not None and key not in there]
+            forced = (yield from cache.leases.acquire(unfit, force=True)) if unfit else []
+            ours = [key for key, (_, granted) in [*zip(keys, answers), *zip(unfit, forced)] if granted]
+            if there or ours:
+                return {key: one._replace(outcome=waited) for key, one in there.items()}, ours
+            if expected is not None:
+                yield cache.leases.wait(expected)
+                cache.leases.forget(keys, expected)
+            expected, waited = cache.leases.expect(keys), Outcome.SHARED
+    except StoreError as error:
+        tell(cache, "lease", request.kind, began, error)
+        return {}, list(keys)
+    finally:
+        if expected is not None:
+            cache.leases.forget(keys, expected)
+
+
+def fresh(cache: Workings, request: Request, key: str, blob: bytes | None, known: Mapping[str, float]) -> Reply | None:
+    "What another caller has stored, unless it is the stale, damaged or known entry that is to be replaced."
+    one = usable(cache, request, key, blob)
+    return one if one is not None and one.outcome is Outcome.HIT and one.born > known.get(key, 0.0) else None
+
+
+def behind(cache: Workings, request: Request, mine: Computation, answers: dict[str, Reply]) -> Flow[None]:
+    "Store answers, and wait for that a moment at most."
+    if cache.store.instant:
+        yield from store(cache, request, answers)
+    elif answers:
+        yield Behind(cache.flight, mine, lambda: store(cache, request, answers))
+
+
+def give_back(cache: Workings, keys: Sequence[str]) -> Flow[None]:
+    "The leases of what was not computed after all."
+    with suppress(StoreError):
+        yield from cache.leases.settle([], keys)
+
+# %% ../nbs/48_steps.ipynb #809897a3
+def offline(cache: Workings, request: Request, key: str) -> Flow[OfflineMissError]:
+    "The error for an answer that is not stored."
+    from aurea_orchestrator.explain import explain
+    place = list(request.keys).index(key)
+    fields = request.fields(place) if request.fields else {}
+    why = "it is asked to be computed anew" if request.bypass else (yield from explain(cache, key, request.name, request.who, fields)).why
+    return OfflineMissError(f"{request.name or request.kind}: there is no stored answer, and the mode is offline: {why}")
 
 # %% ../nbs/48_steps.ipynb #caf0c764
 def written(cache: Workings, keys: Sequence[str] | None = None) -> Flow[None]:

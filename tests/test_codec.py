@@ -31,6 +31,7 @@ from openai.types import CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
 from aurea_orchestrator.codec import Entry, batch, check, current, decode, encode, header, trusted
+from aurea_orchestrator.events import Cost
 from aurea_orchestrator.errors import DamagedEntryError, UnstorableError
 from aurea_orchestrator.records import made, shape_of
 from aurea_orchestrator.values import FLOAT32, FLOAT64, to_payload
@@ -708,7 +709,8 @@ def test_facts_must_be_plain():
 
 def test_the_header_says_what_was_written():
     blob = encode([1], born=1.7e9 + 0.123456, ttl=3600.5, cost=1.25, meta={"function": "app.ask", "tokens": [1, 2]}, seal=b"llm:1")
-    assert decode(blob, b"llm:1") == Entry([1], 1.7e9 + 0.123456, 3600.5, 1.25, {"function": "app.ask", "tokens": [1, 2]})
+    assert decode(blob, b"llm:1") == Entry([1], 1.7e9 + 0.123456, 3600.5, Cost(1.25), {"function": "app.ask", "tokens": [1, 2]})
+    assert decode(encode([1], born=0.0, cost=Cost(0.5, 20, 100, 0.001))).cost == Cost(0.5, 20, 100, 0.001)
     assert header(blob) == decode(blob, b"llm:1")[1:] and trusted(blob) == [1] and check(blob, b"llm:1") is None
     assert decode(encode(None, born=0.0)) == Entry(None, 0.0, None, 0.0, {}) and header(encode(0, born=0.0, ttl=0.0)).ttl == 0.0
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..effects import Flow
 
 # %% auto #0
-__all__ = ['Item', 'Page', 'Shelf', 'Told', 'Ears', 'Store']
+__all__ = ['HOT', 'Item', 'Page', 'Shelf', 'Told', 'Ears', 'Store']
 
 # %% ../../nbs/21_stores.base.ipynb #a25357ad
 class Item(NamedTuple):
@@ -78,6 +78,9 @@ class Shelf(ABC):
         "Give back connections and files. A store that is used again opens again. Never raises."
 
 # %% ../../nbs/21_stores.base.ipynb #6479fd7c
+HOT = 10_000  # Keys whose hits are remembered
+
+
 class Told(NamedTuple):
     "What was heard of a stream that another process leads."
 
@@ -129,6 +132,16 @@ class Store(Shelf):
     def follow(self, key: str, run: str, place: int) -> Flow[Told]:
         "What a run (empty: the one that leads) has on its tape from a place on. Leaves a wish to hear more."
         return Told("", [], False)
+        yield
+
+    def mark(self, hits: Mapping[str, int]) -> Flow[None]:
+        "Add to how often entries were asked for. About the `HOT` most asked are remembered."
+        return
+        yield
+
+    def hottest(self, limit: int = 100) -> Flow[dict[str, int]]:
+        "The keys that were asked for most, and how often."
+        return {}
         yield
 
     def ears(self) -> Ears | None:

@@ -22,7 +22,7 @@ _log = logging.getLogger("aurea_orchestrator")
 __all__ = ['Guarded']
 
 # %% ../../nbs/27_stores.guard.ipynb #774876dd
-_WRITES = frozenset({"put_many", "delete", "bump", "acquire", "renew", "settle", "relay", "follow"})
+_WRITES = frozenset({"put_many", "delete", "bump", "acquire", "renew", "settle", "relay", "follow", "mark"})
 _PROBE = Item("aurea:probe", bytes(4096), 1.0)  # Storing it shows whether writing works; a disk may be full for this, and not for less
 
 
@@ -178,6 +178,12 @@ class Guarded(_Agreeing):
 
     def counts(self) -> Flow[dict[str, float]]:
         return self._guard("counts")
+
+    def mark(self, hits: Mapping[str, int]) -> Flow[None]:
+        return self._guard("mark", hits)
+
+    def hottest(self, limit: int = 100) -> Flow[dict[str, int]]:
+        return self._guard("hottest", limit)
 
     def ping(self) -> Flow[None]:
         return self._guard("ping")

@@ -10,12 +10,13 @@ import os
 import threading
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import frexp, inf
 from operator import attrgetter
 
 from ..effects import Both, Flow
-from .base import Item, Page, Store
+from .base import HOT, Item, Page, Store
 
 # %% auto #0
 __all__ = ['OVERHEAD_BYTES', 'MemoryStore']
@@ -117,7 +118,7 @@ class _Shelf:
         worth: Callable[[bytes], float] = lambda blob: 1.0,  # What it costs to miss an entry, in any unit; only ratios count
     ) -> None:
         self.max_bytes, self._clock, self._worth = max_bytes, clock, worth
-        self._queue, self._counts, self._lock = _Turns(), dict[str, float](), threading.Lock()
+        self._queue, self._counts, self._lock, self._hot = _Turns(), dict[str, float](), threading.Lock(), Counter[str]()
         self._nodes = self._queue.nodes
         if hasattr(os, "register_at_fork"):
             lock = self._lock
@@ -199,10 +200,8 @@ class _Entries(_Shelf):
         return Page(live, keys[-1] if begin + limit < len(scanning[1]) else None)
 
 # %% ../../nbs/22_stores.memory.ipynb #da1804dd
-class MemoryStore(_Entries, Store):
-    "Entries in this process, bounded in bytes; they are gone with it."
-
-    name, url, instant = "memory", "memory://", True
+class _Counters(_Entries, Store):
+    "The counters, and what is asked for most."
 
     def bump(self, counts: Mapping[str, float]) -> Flow[None]:
         "Add to the counters."
@@ -217,6 +216,28 @@ class MemoryStore(_Entries, Store):
         with self._lock:
             return dict(self._counts)
         yield
+
+    def mark(self, hits: Mapping[str, int]) -> Flow[None]:
+        "Add to how often entries were asked for."
+        with self._lock:
+            for key, n in hits.items():
+                self._hot[key] += n
+            if len(self._hot) > 2 * HOT:
+                self._hot = Counter(dict(self._hot.most_common(HOT)))
+        return
+        yield
+
+    def hottest(self, limit: int = 100) -> Flow[dict[str, int]]:
+        "The keys that were asked for most."
+        with self._lock:
+            return dict(self._hot.most_common(limit))
+        yield
+
+# %% ../../nbs/22_stores.memory.ipynb #25f331bb
+class MemoryStore(_Counters):
+    "Entries in this process, bounded in bytes; they are gone with it."
+
+    name, url, instant = "memory", "memory://", True
 
     def ping(self) -> Flow[None]:
         "Memory answers."

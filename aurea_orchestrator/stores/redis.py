@@ -20,10 +20,10 @@ from ..effects import Flow
 from ..errors import ConfigError, StoreError
 from ..gather import Gather
 from ..sides import Once, Sides, Turns
-from .base import Ears, Item, Page, Store, Told
+from .base import HOT, Ears, Item, Page, Store, Told
 from .link import Client, Maker, Node, fault, open_client, primaries
 from .scripts import ACQUIRE, FOLLOW, KEEP, RELAY, RELEASE
-from .scripts import Command, filled, lease, script, told, unknown
+from .scripts import Command, beside, filled, lease, ms, script, told, unknown
 from .tracking import Tracking
 from .wire import AsyncWire, Wire
 
@@ -239,11 +239,6 @@ class _Seat(_Awaiting):
 
 # %% ../../nbs/26_stores.redis.ipynb #c8124f7f
 _AT_ONCE = 1000     # Keys or entries in one exchange, so that none holds the server for long
-_LONGEST = 1 << 53  # Milliseconds that Redis can add to its clock
-
-
-def _ms(seconds: float) -> int:
-    return max(1, int(min(seconds * 1000, _LONGEST)))
 
 
 class _Ears(Tracking, Ears):
@@ -276,7 +271,7 @@ class _Entries(Store):
     def _sets(self, items: Sequence[Item]) -> list[Command]:
         if self._ears:
             self._ears.watch([item.key for item in items])
-        return [("SET", key, blob, "PX", _ms(ttl)) for key, blob, ttl in items]
+        return [("SET", key, blob, "PX", ms(ttl)) for key, blob, ttl in items]
 
 # %% ../../nbs/26_stores.redis.ipynb #de183a1c
 class _Verbs(_Entries):
@@ -302,10 +297,6 @@ class _Verbs(_Entries):
         return gone
 
 # %% ../../nbs/26_stores.redis.ipynb #e00ce0fd
-def _beside(key: str) -> list[str]:
-    return [lease(key), told(key, ":tape"), told(key, ":wish")]
-
-
 class _Leases(_Verbs):
     "Leases, and the ears."
 
@@ -314,7 +305,7 @@ class _Leases(_Verbs):
             self._ears.watch(keys)
         found = list[tuple[bytes | None, bool]]()
         for at in range(0, len(keys), _AT_ONCE):
-            calls = [script(ACQUIRE, [key, lease(key)], token, _ms(ttl), int(force)) for key in keys[at:at + _AT_ONCE]]
+            calls = [script(ACQUIRE, [key, lease(key)], token, ms(ttl), int(force)) for key in keys[at:at + _AT_ONCE]]
             for key, (blob, granted, *left) in zip(keys[at:], (yield self._sides.both("run", calls)), strict=False):
                 found.append((blob, granted == 1))
                 if left and self._ears:
@@ -323,20 +314,20 @@ class _Leases(_Verbs):
 
     def renew(self, keys: Sequence[str], token: str, ttl: float) -> Flow[None]:
         if keys:
-            yield self._sides.both("run", [script(KEEP, [lease(key)], token, _ms(ttl)) for key in keys])
+            yield self._sides.both("run", [script(KEEP, [lease(key)], token, ms(ttl)) for key in keys])
 
     def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
         if commands := self._sets(items) + [script(RELEASE, [lease(key), told(key)], token) for key in keys]:
             yield self._sides.both("run", commands)
 
     def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
-        [have] = yield self._sides.both("run", [script(RELAY, _beside(key), run, place, _ms(ttl), *records)])
+        [have] = yield self._sides.both("run", [script(RELAY, beside(key), run, place, ms(ttl), *records)])
         return int(have)
 
     def follow(self, key: str, run: str, place: int) -> Flow[Told]:
         if self._ears:
             self._ears.watch([key])
-        [(led, records, left)] = yield self._sides.both("run", [script(FOLLOW, _beside(key), run, place)])
+        [(led, records, left)] = yield self._sides.both("run", [script(FOLLOW, beside(key), run, place)])
         if left > 0 and self._ears:
             self._ears.expect(key, left / 1000)
         return Told((led or b"").decode(), records, left > 0)
@@ -345,10 +336,31 @@ class _Leases(_Verbs):
         return self._ears
 
 # %% ../../nbs/26_stores.redis.ipynb #b25e719a
-_COUNTS = "aurea:counts"
+_COUNTS, _HOT = "aurea:counts", "aurea:hot"
 
 
-class RedisStore(_Leases):
+class _Counters(_Leases):
+    "The counters, and what is asked for most."
+
+    def bump(self, counts: Mapping[str, float]) -> Flow[None]:
+        if counts:
+            yield self._sides.both("say", [("HINCRBYFLOAT", _COUNTS, name, repr(add)) for name, add in counts.items()], False)
+
+    def counts(self) -> Flow[dict[str, float]]:
+        [found] = yield self._sides.both("say", [("HGETALL", _COUNTS)])
+        return {name.decode(): float(total) for name, total in found.items()}
+
+    def mark(self, hits: Mapping[str, int]) -> Flow[None]:
+        adds = [("ZINCRBY", _HOT, n, key) for key, n in hits.items()]
+        yield self._sides.both("say", [*adds, ("ZREMRANGEBYRANK", _HOT, 0, -HOT - 1)], False)
+
+    def hottest(self, limit: int = 100) -> Flow[dict[str, int]]:
+        [found] = yield self._sides.both("say", [("ZREVRANGE", _HOT, 0, limit - 1, "WITHSCORES")])
+        flat = [each for pair in found for each in pair] if found and not isinstance(found[0], bytes) else found  # A client's pairs
+        return {key.decode(): int(float(hits)) for key, hits in zip(flat[::2], flat[1::2])}
+
+# %% ../../nbs/26_stores.redis.ipynb #26b4eb45
+class RedisStore(_Counters):
     "Entries in a Redis: standalone, Sentinel or Cluster."
 
     def scan(self, prefix: str, cursor: str | None = None, limit: int = 1000) -> Flow[Page]:
@@ -364,14 +376,6 @@ class RedisStore(_Leases):
         keys = [key.decode(errors="replace") for key in found]
         here = ahead[0][:2] + (int(place),) if int(place) else ahead[1][:2] + (0,) if len(ahead) > 1 else None
         return Page([key for key in keys if key.startswith(prefix) and "\ufffd" not in key], here and "{}/{}/{}".format(*here))
-
-    def bump(self, counts: Mapping[str, float]) -> Flow[None]:
-        if counts:
-            yield self._sides.both("say", [("HINCRBYFLOAT", _COUNTS, name, repr(add)) for name, add in counts.items()], False)
-
-    def counts(self) -> Flow[dict[str, float]]:
-        [found] = yield self._sides.both("say", [("HGETALL", _COUNTS)])
-        return {name.decode(): float(total) for name, total in found.items()}
 
     def ping(self) -> Flow[None]:
         for _, _, node in (yield self._sides.both("nodes")):

@@ -27,6 +27,13 @@ def told(
     return f"{TOLD}{{{key}}}{what}"
 
 
+def beside(
+    key: str,  # Of an entry
+) -> list[str]:
+    "Its lease, the tape of its stream, and the wish for it."
+    return [lease(key), told(key, ":tape"), told(key, ":wish")]
+
+
 def meant(
     key: str,  # That was heard
 ) -> str:
@@ -34,8 +41,8 @@ def meant(
     return key[len(TOLD) + 1:].partition("}")[0] if key.startswith(TOLD) else key
 
 # %% auto #0
-__all__ = ['TOLD', 'ACQUIRE', 'KEEP', 'RELEASE', 'RELAY', 'FOLLOW', 'Command', 'lease', 'told', 'meant', 'script', 'unknown',
-           'filled']
+__all__ = ['TOLD', 'ACQUIRE', 'KEEP', 'RELEASE', 'RELAY', 'FOLLOW', 'Command', 'lease', 'told', 'beside', 'meant', 'script',
+           'unknown', 'filled', 'ms']
 
 # %% ../../nbs/13_stores.scripts.ipynb #ebf3f0a1
 ACQUIRE = """local blob = redis.pcall('GET', KEYS[1])
@@ -101,3 +108,13 @@ def filled(
     "The replies, with others for those that were refused."
     rest = iter(others)
     return [next(rest) if isinstance(reply, refusal) else reply for reply in replies]
+
+# %% ../../nbs/13_stores.scripts.ipynb #05ba96fc
+_LONGEST = 1 << 53  # Milliseconds that Redis can add to its clock
+
+
+def ms(
+    seconds: float,
+) -> int:  # Milliseconds, as the commands want them
+    "At least one, and no more than the server can count."
+    return max(1, int(min(seconds * 1000, _LONGEST)))

@@ -17,52 +17,12 @@ from typing import Any
 from ..effects import Block, Flow, Inline
 from ..errors import ConfigError, StoreUnavailableError
 from ..news import News, tell
-from .base import Ears, Item, Page, Store, Told
+from .base import HOT, Ears, Item, Page, Store, Told
 from .file import Access, Tables
-from .schema import APPLICATION_ID, FRESH, STEPS
+from .schema import AMONG, APPLICATION_ID, FRESH, OVERHEAD_BYTES, STEPS, make_room, shrink
 
 # %% auto #0
-__all__ = ['OVERHEAD_BYTES', 'SPARE', 'LEFT', 'SqliteStore']
-
-# %% ../../nbs/23_stores.sqlite.ipynb #34ea1e6a
-OVERHEAD_BYTES = 64  # What an entry takes beyond its blob and twice its key: columns, indexes, cells
-SPARE = 500          # Marked entries that one transaction spares at most
-
-_AMONG = "key IN (SELECT value FROM json_each(?))"
-
-
-def _make_room(db: sqlite3.Connection, need_bytes: int, max_bytes: int, now: float) -> int:
-    "Remove what SIEVE gives up until there is room for some more bytes; how much room there is."
-    held, hand = db.execute("SELECT bytes, hand FROM shelf").fetchone()
-    spared = 0
-    while held + need_bytes > max_bytes:
-        unmark, remove = [], []
-        for place, size, asked, expires in db.execute("SELECT id, size, asked, expires FROM entries WHERE id > ? ORDER BY id", (hand,)):
-            hand = place
-            if asked and expires > now and spared < SPARE:
-                spared += 1
-                unmark.append((place,))
-                continue
-            remove.append((place,))
-            held -= size
-            if held + need_bytes <= max_bytes:
-                break
-        else:
-            if not hand:
-                break  # There is nothing left
-            hand = 0
-        db.executemany("UPDATE entries SET asked = 0 WHERE id = ?", unmark)
-        db.executemany("DELETE FROM entries WHERE id = ?", remove)
-        db.execute("UPDATE shelf SET hand = ?, changes = changes - ?", (hand, len(remove)))
-    return max_bytes - int(held)
-
-
-def _shrink(db: sqlite3.Connection) -> None:
-    "Give pages back when most of them are free."
-    free, pages = (db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("freelist_count", "page_count"))
-    if free > 1024 and free * 2 > pages:
-        for _ in range(min(free, 2048)):  # The module `sqlite3` takes one step of this pragma only, which is one page
-            db.execute("PRAGMA incremental_vacuum")
+__all__ = ['LEFT', 'SqliteStore']
 
 # %% ../../nbs/23_stores.sqlite.ipynb #c118dbce
 _ONE = "SELECT blob FROM entries WHERE key = ? AND expires > ?"
@@ -103,7 +63,7 @@ class _Writes(_Served):
         "What every write does besides."
         served, self.served, now = list(self.served), set(), self.clock()
         if served and 2 * db.execute("SELECT bytes FROM shelf").fetchone()[0] > self.max_bytes:
-            db.execute(f"UPDATE entries SET asked = 1 WHERE asked = 0 AND {_AMONG}", (json.dumps(served),))
+            db.execute(f"UPDATE entries SET asked = 1 WHERE asked = 0 AND {AMONG}", (json.dumps(served),))
         if swept := db.execute(_SWEEP, (now,)).rowcount:
             db.execute("UPDATE shelf SET changes = changes - ?", (swept,))
         db.execute("DELETE FROM leases WHERE expires <= ?", (now - LEFT,))
@@ -135,22 +95,22 @@ class _Shelf(_Writes):
                 refused.append(key)
         with self.changing(list(dict.fromkeys([*latest, *keys]))) as db:
             if refused:
-                db.execute(f"DELETE FROM entries WHERE {_AMONG}", (json.dumps(refused),))
+                db.execute(f"DELETE FROM entries WHERE {AMONG}", (json.dumps(refused),))
             room = 0
             for row in rows:
                 if row[2] > room:
-                    room = _make_room(db, row[2], self.max_bytes, now)
+                    room = make_room(db, row[2], self.max_bytes, now)
                 db.execute(_PUT, row)
                 room -= row[2]
             if keys:
-                ended = db.execute(f"DELETE FROM leases WHERE token = ? AND {_AMONG}", (token, json.dumps(list(keys)))).rowcount
+                ended = db.execute(f"DELETE FROM leases WHERE token = ? AND {AMONG}", (token, json.dumps(list(keys)))).rowcount
                 db.execute("UPDATE shelf SET changes = changes + ?", (ended,))
 
     def remove(self, keys: Sequence[str]) -> int:
         "Remove keys; how many live ones were there."
         with self.changing(keys) as db:
-            gone = db.execute(f"DELETE FROM entries WHERE +expires > ? AND {_AMONG}", (self.clock(), json.dumps(list(keys)))).rowcount
-            _shrink(db)
+            gone = db.execute(f"DELETE FROM entries WHERE +expires > ? AND {AMONG}", (self.clock(), json.dumps(list(keys)))).rowcount
+            shrink(db)
         return gone
 
     def add(self, counts: Mapping[str, float]) -> None:
@@ -174,7 +134,7 @@ class _Leased(_Shelf):
             now = self.clock()
             came = {missing[place]: blob for place, blob in db.execute(_MANY, (json.dumps(list(missing)), now))}
             listed = json.dumps(list(keys))
-            others = db.execute(f"SELECT key FROM leases WHERE expires > ? AND token != ? AND {_AMONG}", (now, token, listed))
+            others = db.execute(f"SELECT key FROM leases WHERE expires > ? AND token != ? AND {AMONG}", (now, token, listed))
             ours = set(keys) - {key for (key,) in others} - (set() if force else came.keys())
             db.executemany("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", [(key, token, now + ttl) for key in ours])
         return came, ours
@@ -184,7 +144,7 @@ class _Leased(_Shelf):
         with self.writing() as db:
             self.tidy(db)
             now, listed = self.clock(), json.dumps(list(keys))
-            db.execute(f"UPDATE leases SET expires = ? WHERE token = ? AND expires > ? AND {_AMONG}", (now + ttl, token, now, listed))
+            db.execute(f"UPDATE leases SET expires = ? WHERE token = ? AND expires > ? AND {AMONG}", (now + ttl, token, now, listed))
 
 # %% ../../nbs/23_stores.sqlite.ipynb #93d19168
 _LED = "SELECT token, expires FROM leases WHERE key = ? AND expires > ?"
@@ -192,7 +152,14 @@ _TAPE = "SELECT place, record FROM tapes WHERE key = ? AND run = ? AND place >= 
 
 
 class _Taped(_Leased):
-    "The transactions on tapes."
+    "The transactions on tapes, and on what is asked for most."
+
+    def heat(self, hits: Mapping[str, int]) -> None:
+        "Add to hits; of too many keys the coldest are forgotten."
+        with self.writing() as db:
+            db.executemany("INSERT INTO hot VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET hits = hits + excluded.hits", list(hits.items()))
+            if db.execute("SELECT count(*) FROM hot").fetchone()[0] > 2 * HOT:
+                db.execute("DELETE FROM hot WHERE key NOT IN (SELECT key FROM hot ORDER BY hits DESC LIMIT ?)", (HOT,))
 
     def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> int:
         "Put records on the tape of a run; how many are there then, -1 if it is not the run that leads."
@@ -345,6 +312,14 @@ class SqliteStore(_Agreeing):
     def ping(self) -> Flow[None]:
         "Return when the file can be read."
         yield from self._ask("SELECT 1 FROM shelf")
+
+    def mark(self, hits: Mapping[str, int]) -> Flow[None]:
+        "Add to how often entries were asked for, in one transaction."
+        yield Block(lambda: self._shelf.heat(hits))
+
+    def hottest(self, limit: int = 100) -> Flow[dict[str, int]]:
+        "The keys that were asked for most."
+        return dict((yield from self._ask("SELECT key, hits FROM hot ORDER BY hits DESC LIMIT ?", limit)))
 
     def info(self) -> Flow[dict[str, float]]:
         "How full it is; expired entries count until they are swept."

@@ -217,6 +217,12 @@ class _Others(_Changes):
     def counts(self) -> Flow[dict[str, float]]:
         return self.shared.counts()
 
+    def mark(self, hits: Mapping[str, int]) -> Flow[None]:
+        return self.shared.mark(hits)
+
+    def hottest(self, limit: int = 100) -> Flow[dict[str, int]]:
+        return self.shared.hottest(limit)
+
     def ping(self) -> Flow[None]:
         return self.shared.ping()
 

@@ -103,7 +103,7 @@ def worth(
 ) -> float:
     "What it costs to miss an entry, for comparison with others."
     try:
-        return pow(max(codec.header(blob).cost, _LEAST_SECONDS), 2 / 3)
+        return pow(max(codec.header(blob).cost.seconds, _LEAST_SECONDS), 2 / 3)
     except DamagedEntryError:
         return pow(_LEAST_SECONDS, 2 / 3)
 
