@@ -247,6 +247,16 @@ class Mode:
 class _Handy(Workings):
     "What is done with a whole cache."
 
+    def stats(self) -> dict[str, Any]:
+        "Totals of everybody who shares the store; see `counts.stats` for the shape. Shows itself as a table."
+        from aurea_orchestrator.display import Stats
+        return Stats(drive(stats(self.counts)))
+
+    async def astats(self) -> dict[str, Any]:
+        "`stats`, awaited."
+        from aurea_orchestrator.display import Stats
+        return Stats(await adrive(stats(self.counts)))
+
     def mode(self, mode: str) -> Mode:
         "Work in another mode: from now on, or inside of a `with` block. For everybody who uses this cache."
         return Mode(self, mode)
@@ -287,20 +297,10 @@ class Cache(_Handy):
         from aurea_orchestrator.stores.urls import choose_store
         shelf, why = choose_store(settings)
         ttls = {"llm": settings.cache_llm_ttl, "embedding": settings.cache_embedding_ttl}
-        how = {"enabled": settings.cache_enabled, "mode": settings.cache_mode, "explain": settings.cache_explain, **options}
-        cache = cls(shelf, ttl=settings.cache_llm_ttl, ttls=ttls, **how)
+        how = {"ttl": settings.cache_llm_ttl, "ttls": ttls, "enabled": settings.cache_enabled, "mode": settings.cache_mode}
+        cache = cls(shelf, **how, **{"explain": settings.cache_explain, **options})
         cache.why = why
         return cache
-
-    def stats(self) -> dict[str, Any]:
-        "Totals of everybody who shares the store; see `counts.stats` for the shape. Shows itself as a table."
-        from aurea_orchestrator.display import Stats
-        return Stats(drive(stats(self.counts)))
-
-    async def astats(self) -> dict[str, Any]:
-        "`stats`, awaited."
-        from aurea_orchestrator.display import Stats
-        return Stats(await adrive(stats(self.counts)))
 
     def clear(self, kind: str | None = None, namespace: str | None = None) -> int:
         "Remove all entries, or those of a kind, a namespace; how many there were. Raises `StoreError`."

@@ -13,11 +13,13 @@ from .effects import Flow
 from .errors import CodecError, StoreError
 from .events import Cost
 from .facts import Difference, differences, first_difference
+from .sheets import money
+from .sheets import seconds as readable_seconds
 
 MOST = 20_000  # Entries that are compared
 
 # %% auto #0
-__all__ = ['MOST', 'Explanation', 'shown', 'ago', 'explain']
+__all__ = ['MOST', 'Explanation', 'saving', 'shown', 'ago', 'explain']
 
 # %% ../nbs/38_explain.ipynb #7aa98e5c
 class Explanation(NamedTuple):
@@ -34,7 +36,8 @@ class Explanation(NamedTuple):
 
     def _sheet(self) -> Any:
         from aurea_orchestrator.display import of_explanation
-        facts = {"key": self.key} | ({"nearest": self.nearest} if self.nearest else {}) | ({"from": self.where} if self.where else {})
+        known = {"key": self.key, "nearest": self.nearest, "from": self.where, "saves": saving(self.saves)}
+        facts = {name: what for name, what in known.items() if what}
         return of_explanation(self.outcome, self.why, [shown(one) for one in self.differences], facts)
 
     def __str__(self) -> str:
@@ -47,6 +50,13 @@ class Explanation(NamedTuple):
         return str(self._sheet().html())
 
 
+def saving(cost: Cost) -> str:
+    "What computing it had cost, in words."
+    tokens = cost.prompt_tokens + cost.completion_tokens
+    more = [f"{tokens:,} tokens"] * (tokens > 0) + [money(cost.usd)] * (cost.usd > 0)
+    return ", ".join([readable_seconds(cost.seconds), *more]) if any(cost) else ""
+
+
 def shown(one: Difference) -> tuple[str, str, str]:
     "A difference for people: path, now, before."
     if one.before is None:
@@ -55,13 +65,14 @@ def shown(one: Difference) -> tuple[str, str, str]:
     return one.path, now or "nothing", before or "nothing"
 
 
+_UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"))
+
+
 def ago(seconds: float) -> str:
     "A stretch of time in words."
-    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
-        if seconds >= size:
-            n = int(seconds // size)
-            return f"{n} {unit}{'s' * (n > 1)}"
-    return f"{max(0, round(seconds))} seconds"
+    size, unit = next(((size, unit) for size, unit in _UNITS if seconds >= size), (1, "second"))
+    n = max(0, int(seconds // size))
+    return f"{n} {unit}{'s' * (n != 1)}"
 
 # %% ../nbs/38_explain.ipynb #4b95e121
 def explain(cache: Any, key: str, name: str, who: str, fields: Mapping[str, Any], bypass: bool = False) -> Flow[Explanation]:

@@ -712,7 +712,7 @@ def test_the_header_says_what_was_written():
     assert decode(blob, b"llm:1") == Entry([1], 1.7e9 + 0.123456, 3600.5, Cost(1.25), {"function": "app.ask", "tokens": [1, 2]})
     assert decode(encode([1], born=0.0, cost=Cost(0.5, 20, 100, 0.001))).cost == Cost(0.5, 20, 100, 0.001)
     assert header(blob) == decode(blob, b"llm:1")[1:] and trusted(blob) == [1] and check(blob, b"llm:1") is None
-    assert decode(encode(None, born=0.0)) == Entry(None, 0.0, None, 0.0, {}) and header(encode(0, born=0.0, ttl=0.0)).ttl == 0.0
+    assert decode(encode(None, born=0.0)) == Entry(None, 0.0, None, Cost(), {}) and header(encode(0, born=0.0, ttl=0.0)).ttl == 0.0
 
 
 def test_raw_bytes_and_texts_lie_in_the_entry_as_they_are():
