@@ -28,7 +28,7 @@ Where each word lives, from the ground up:
     ledger                      bytes to key, headers; numbers of all workers
     metrics, auth, routes,
     front, main                 **request**, **reply**: the ASGI app
-    cli                         the command `aurea`
+    cli, notebook               the command `aurea`; magics
     contract, sharing, testing  suites for stores and backends of your own
 
 Importing this package opens no socket, starts no thread and reads no setting.
@@ -55,3 +55,9 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), "Settings"])
+
+
+def load_ipython_extension(shell: _typing.Any) -> None:
+    "`%load_ext aurea_orchestrator`: the magics of `notebook`."
+    from .notebook import load
+    load(shell)

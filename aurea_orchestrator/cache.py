@@ -20,7 +20,7 @@ from .errors import CodecError, StoreError
 from .events import FREE, HITS, Event, Outcome, Tally
 from .flight import Aside, Computation, Join, Lead, Stopped
 from .request import Reply, Request, Workings, count, ended, tell
-from .steps import agree, behind, clear, compute, give_back, known, look, lookup, made, offline, opened, store, written, usable
+from .steps import agree, behind, clear, compute, give_back, look, lookup, made, offline, opened, store, written, usable
 if TYPE_CHECKING:
     from aurea_orchestrator.cassettes import Loaded
     from aurea_orchestrator.config import Settings
@@ -35,9 +35,7 @@ def fetch(cache: Workings, request: Request, blobs: Sequence[bytes | None] | Non
     if request.bypass or not cache.looks:
         return (yield from bypass(cache, request))
     led: set[str] = set()
-    if blobs is None:  # Else `seek` has looked already
-        blobs = yield from look(cache, request.kind, request.keys)
-    found = known(cache, request, request.keys, blobs)
+    found = yield from lookup(cache, request, request.keys, blobs)
     yield from stay_offline(cache, request, found)
     yield from refresh(cache, request, {key: one.born for key, one in found.items() if aging(cache, request, one)})
     try:
@@ -297,8 +295,9 @@ class Cache(_Handy):
         from aurea_orchestrator.stores.urls import choose_store
         shelf, why = choose_store(settings)
         ttls = {"llm": settings.cache_llm_ttl, "embedding": settings.cache_embedding_ttl}
-        how = {"ttl": settings.cache_llm_ttl, "ttls": ttls, "enabled": settings.cache_enabled, "mode": settings.cache_mode}
-        cache = cls(shelf, **how, **{"explain": settings.cache_explain, **options})
+        how: dict[str, Any] = {"ttl": settings.cache_llm_ttl, "ttls": ttls, "enabled": settings.cache_enabled}
+        how |= {"mode": settings.cache_mode, "explain": settings.cache_explain}
+        cache = cls(shelf, **{**how, **options})
         cache.why = why
         return cache
 

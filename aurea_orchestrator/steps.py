@@ -33,10 +33,14 @@ __all__ = ['lookup', 'look', 'known', 'usable', 'opened', 'compute', 'made', 'st
            'agree', 'fresh', 'behind', 'give_back', 'offline', 'written', 'forget', 'clear', 'made_by']
 
 # %% ../nbs/48_steps.ipynb #f143140a
-def lookup(cache: Workings, request: Request, wanted: Sequence[str]) -> Flow[dict[str, Reply]]:
-    "What the store has, by key."
-    distinct = list(dict.fromkeys(wanted))
-    return known(cache, request, distinct, (yield from look(cache, request.kind, distinct)))
+def lookup(
+    cache: Workings, request: Request, wanted: Sequence[str], blobs: Sequence[bytes | None] | None = None
+) -> Flow[dict[str, Reply]]:
+    "What the store has, by key; the `blobs` are given if somebody has looked already."
+    if blobs is None:
+        wanted = list(dict.fromkeys(wanted))
+        blobs = yield from look(cache, request.kind, wanted)
+    return known(cache, request, wanted, blobs)
 
 
 def look(cache: Workings, kind: str, wanted: Sequence[str]) -> Flow[Sequence[bytes | None]]:
