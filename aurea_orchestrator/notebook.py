@@ -87,14 +87,11 @@ class _Words(Magics):
 
     def _clear(self, rest: str) -> None:
         fn: Any = self._names().get(rest)
-        if hasattr(fn, "cache_clear"):
-            gone = fn.cache_clear()
-            gone = in_thread(lambda: gone) if inspect.isawaitable(gone) else gone
-        else:
-            try:
-                gone = get_cache().clear(rest or None)
-            except ConfigError as error:
-                raise UsageError(f"{rest} is neither a kind nor a cached function here: {error}") from None
+        try:
+            gone = fn.cache_clear() if hasattr(fn, "cache_clear") else get_cache().clear(rest or None)
+        except ConfigError as error:
+            raise UsageError(f"{rest} is neither a kind nor a cached function here: {error}") from None
+        gone = in_thread(lambda: gone) if inspect.isawaitable(gone) else gone
         print(f"{gone} answers were forgotten")
 
     def _mode(self, rest: str) -> None:
