@@ -43,7 +43,7 @@ if _typing.TYPE_CHECKING:
     from .config import Settings
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "Settings", "cache_embedding", "cache_llm_response", "cached", "get_cache", "use_cache"]
+__all__ = ["Cache", "Settings", "cache_embedding", "cache_llm_response", "cached", "get_cache", "load_ipython_extension", "use_cache"]
 
 
 def __getattr__(name: str) -> object:

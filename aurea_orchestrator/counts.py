@@ -75,6 +75,11 @@ class _Folding(_Counting):
 
     def add(self, kind: str, outcome: str, count: int = 1, tally: Tally | None = None, name: str = "", cost: Cost = FREE) -> None:
         "Count so many calls of a function that ended alike, and what they cost, or saved, together."
+        self._add(kind, outcome, count, tally, name, cost)
+        if not self._called:
+            self._call()
+
+    def _add(self, kind: str, outcome: str, count: int, tally: Tally | None, name: str, cost: Cost) -> None:
         if (own := self.functions.get(name)) is None:
             own = self.functions.setdefault(name, Tally())
         for each in (self.tally, own, tally):
@@ -82,8 +87,6 @@ class _Folding(_Counting):
                 each.add(kind, outcome, count, cost)
         for hear in self.hearers if any(cost) else ():
             hear(kind, outcome, cost)
-        if not self._called:
-            self._call()
 
     def asked(self, key: str, n: int = 1) -> None:
         "An entry was asked for."
@@ -98,7 +101,7 @@ class _Folding(_Counting):
                 n, told, tally, row = row
                 said = codec.header(told)
                 self.asked(key, n)
-                self.add(key.partition(":")[0], Outcome.HIT, n, tally, str(said.meta.get("name", "")), said.cost.times(n))
+                self._add(key.partition(":")[0], Outcome.HIT, n, tally, str(said.meta.get("name", "")), said.cost.times(n))
 
     def named(self) -> dict[str, float]:
         "All that was counted, by the names under which stores keep it."
