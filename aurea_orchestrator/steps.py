@@ -122,7 +122,7 @@ def store(cache: Workings, request: Request, replies: Mapping[str, Reply], token
     items = [Item(key, one.blob, one.ttl + request.stale) for key, one in replies.items() if one.blob is not None and one.ttl]
     for item in items:
         cache.ended_at[item.key] = replies[item.key].born + replies[item.key].ttl
-    while len(cache.ended_at) > 10_000:
+    while len(cache.ended_at) > 2_000:
         cache.ended_at.pop(next(iter(cache.ended_at)), None)
     try:
         yield from cache.leases.settle(items, replies, token)
