@@ -657,7 +657,7 @@ def test_depth_is_no_trouble():
     blob = entry(key_of(1), value)
     assert read(written(key_of(1), blob).encode(), 0.0).entry(None) == blob
     with pytest.raises((ValueError, CodecError)):
-        read(b'{"key": "' + key_of(1).encode() + b'", "value": ' + b"[" * 500 + b"]" * 500 + b"}", 0.0)
+        read(b'{"key": "' + key_of(1).encode() + b'", "value": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", 0.0)
 
 
 def test_nothing_is_imported_until_it_is_needed():
