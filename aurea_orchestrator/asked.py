@@ -19,10 +19,10 @@ class Asked(NamedTuple):
     fresh: bool = False    # Whether its answers are to be computed anew
 
 # %% auto #0
-__all__ = ['Raw', 'Asked', 'Seen']
+__all__ = ['Raw', 'Asked', 'Recent']
 
 # %% ../nbs/67_asked.ipynb #8de6a680
-class Seen:
+class Recent:
     "What the latest requests asked for, by their bytes."
 
     def __init__(

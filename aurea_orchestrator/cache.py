@@ -294,9 +294,9 @@ class Cache(_Handy):
 
     @classmethod
     def from_url(cls, url: str, *, timeout: float = 0.25, **options: Any) -> Self:
-        "A cache over the store behind a URL (see `stores.urls`); options as for `Cache`."
+        "A cache over the store behind a URL (see `stores.urls`); options as for `Cache`. Of the settings only `CACHE_MODE` counts."
         from aurea_orchestrator.stores.urls import open_store  # Here, because a hit needs neither engines nor settings
-        return cls(open_store(url, timeout), **options)
+        return cls(open_store(url, timeout), **{"mode": os.environ.get("CACHE_MODE", "on"), **options})
 
     @classmethod
     def from_settings(cls, settings: Settings, **options: Any) -> Self:

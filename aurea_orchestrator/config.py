@@ -34,7 +34,7 @@ class _Where(BaseSettings):
     )
     cache_enabled: bool = Field(True, description="`false` computes every call and stores nothing.")
     cache_mode: Literal["on", "refresh", "offline", "off"] = Field(
-        "on", description="`refresh` computes and stores every call; `offline` answers from the store, computes nothing; `off` stores nothing."
+        "on", description="`refresh` computes and stores every call; `offline` answers from the store alone; `off` stores nothing."
     )
     cache_explain: Literal["digest", "text", "off"] = Field(
         "digest", description="What entries remember of their arguments, to explain misses: digests, the beginning of the text, or nothing."

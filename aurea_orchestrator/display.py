@@ -16,7 +16,7 @@ MOST = 10  # Functions in a table
 ABSENT: Any = object()
 
 # %% auto #0
-__all__ = ['MOST', 'ABSENT', 'outcomes_table', 'costs_table', 'Stats', 'of_stats', 'of_info', 'of_function', 'preview',
+__all__ = ['MOST', 'ABSENT', 'outcomes_table', 'paid', 'costs_table', 'Stats', 'of_stats', 'of_info', 'of_function', 'preview',
            'of_entry', 'of_explanation']
 
 # %% ../nbs/35_display.ipynb #09bd64ca
@@ -34,6 +34,11 @@ def outcomes_table(outcomes: Mapping[str, int]) -> Table:
     return Table("How calls ended", ("outcome", "calls", "share"), tuple(rows))
 
 
+def paid(cost: Cost) -> str:
+    "Dollars; a dash where something was computed and no price is known."
+    return money(cost.usd) if cost.usd or not any(cost) else "-"
+
+
 def costs_table(saved: Any, spent: Any) -> Table:
     "Saved beside spent."
     shown = {"time": seconds, "prompt tokens": tokens, "completion tokens": tokens, "US dollars": money}
@@ -42,7 +47,10 @@ def costs_table(saved: Any, spent: Any) -> Table:
         if a or b:
             part = a / (a + b) if a + b else 0.0
             rows.append(Row((name, form(a), form(b)), (("saved", part), ("spent", 1 - part))))
-    return Table("What it saved, and what was spent", ("measure", "saved", "spent"), tuple(rows))
+    both = _as_cost(saved).plus(_as_cost(spent))
+    unpriced = both.prompt_tokens + both.completion_tokens and not both.usd
+    note = "No price is known for these tokens; the price list comes with aurea-orchestrator[prices]." if unpriced else ""
+    return Table("What it saved, and what was spent", ("measure", "saved", "spent"), tuple(rows), note)
 
 
 def _sentence(hits: int, misses: int, rate: float | None = None) -> str:
@@ -77,7 +85,7 @@ def of_stats(stats: Mapping[str, Any]) -> Sheet:
     asked = {kind: row for kind, row in stats.items() if isinstance(row, Mapping) and "hits" in row and "misses" in row}
     total, costs = asked.pop("total", {"hits": 0, "misses": 0}), stats.get("costs", {})
     kinds = [Row((kind, f"{row['hits']:,}", f"{row['misses']:,}", percent(row["hits"], row["hits"] + row["misses"]),
-                  money(_as_cost(costs.get(kind, {}).get("saved")).usd), money(_as_cost(costs.get(kind, {}).get("spent")).usd)))
+                  paid(_as_cost(costs.get(kind, {}).get("saved"))), paid(_as_cost(costs.get(kind, {}).get("spent")))))
              for kind, row in asked.items() if row["hits"] or row["misses"]]
     ended: dict[str, int] = {}
     for by in stats.get("outcomes", {}).values():
@@ -111,13 +119,13 @@ def _functions_table(functions: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in sorted(functions, key=worth)[:MOST]:
         one = functions[name]
         saved, spent = _as_cost(one.get("saved")), _as_cost(one.get("spent"))
-        rows.append(Row((name, f"{one['hits']:,}", f"{one['misses']:,}", seconds(saved.seconds), money(saved.usd), money(spent.usd))))
+        rows.append(Row((name, f"{one['hits']:,}", f"{one['misses']:,}", seconds(saved.seconds), paid(saved), paid(spent))))
     left = len(functions) - len(rows)
     heads = ("function", "hits", "misses", "time saved", "saved", "spent")
     return Table("Functions that saved most", heads, tuple(rows), f"and {left:,} more" if left else "")
 
 
-def of_info(info: Any, name: str = "A cached function") -> Sheet:
+def of_info(info: Any, name: str = "Calls in this process") -> Sheet:
     "How the calls of one function ended in this process, and what that saved."
     tables = outcomes_table(info.outcomes), costs_table(getattr(info, "saved", None), getattr(info, "spent", None))
     return Sheet(name, _sentence(info.hits, info.misses), (), tables)
@@ -131,7 +139,7 @@ def of_function(
     version: object = None,
     info: Any = None,             # Its `cache_info()`
 ) -> Sheet:
-    "A cached function: how it is cached, and how its calls ended."
+    "How the calls of a function in this process ended."
     facts = {"kind": kind, "ttl": _lasts(ttl), "namespace": namespace, "version": version}
     sheet = of_info(info, name) if info else Sheet(name)
     return sheet._replace(facts=_known(facts))

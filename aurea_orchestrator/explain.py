@@ -36,7 +36,7 @@ class Explanation(NamedTuple):
 
     def _sheet(self) -> Any:
         from aurea_orchestrator.display import of_explanation
-        known = {"key": self.key, "nearest": self.nearest, "from": self.where, "saves": saving(self.saves)}
+        known = {"key": self.key, "nearest": self.nearest, "saves": saving(self.saves)}
         facts = {name: what for name, what in known.items() if what}
         return of_explanation(self.outcome, self.why, [shown(one) for one in self.differences], facts)
 
@@ -158,7 +158,7 @@ def _miss(cache: Any, key: str, name: str, who: str, fields: Mapping[str, Any]) 
     words = ", ".join(_words(one) for one in near.differences[:5])
     more = f", and {len(near.differences) - 5} places more" if len(near.differences) > 5 else ""
     code = "" if near.same_code else "; and the function's source changed"
-    why = f"it differs from the nearest stored call in {words}{more}{code}"
+    why = f"not asked before; the nearest stored call differs in {words}{more}{code}"
     return Explanation("miss", why, key, nearest=near.key, differences=near.differences)
 
 

@@ -87,8 +87,10 @@ class _Words(Magics):
 
     def _clear(self, rest: str) -> None:
         fn: Any = self._names().get(rest)
+        if not rest:
+            raise UsageError("say what: %aurea clear llm, %aurea clear ask (a function), or %aurea clear all; for all who share the store")
         try:
-            gone = fn.cache_clear() if hasattr(fn, "cache_clear") else get_cache().clear(rest or None)
+            gone = fn.cache_clear() if hasattr(fn, "cache_clear") else get_cache().clear(None if rest == "all" else rest)
         except ConfigError as error:
             raise UsageError(f"{rest} is neither a kind nor a cached function here: {error}") from None
         gone = in_thread(lambda: gone) if inspect.isawaitable(gone) else gone
@@ -124,7 +126,7 @@ class AureaMagics(_Words):
 
         %aurea stats                            what the cache holds, saved and spent
         %aurea explain ask("Why?", n=2)         why this call would be a hit or a miss
-        %aurea clear [kind or function]         forget answers
+        %aurea clear [kind, function or all]    forget answers
         %aurea mode [on|refresh|offline|off]    show or set the mode
         %%aurea refresh                         compute the answers of this cell anew (or: offline, off, on)
         """
@@ -142,7 +144,8 @@ def complete(shell: Any, event: Any) -> list[str]:
     cached = sorted(name for name, value in shell.user_ns.items() if hasattr(value, "cache_clear") and not name.startswith("_"))
     if len(before) == 1:
         return list(MODES) if before[0].startswith("%%") else list(WORDS)
-    return {"mode": list(MODES), "explain": [f"{name}(" for name in cached], "clear": ["llm", "embedding", *cached]}.get(before[1], [])
+    named = {"mode": list(MODES), "explain": [f"{name}(" for name in cached], "clear": ["llm", "embedding", "all", *cached]}
+    return named.get(before[1], [])
 
 
 def load(shell: Any) -> None:

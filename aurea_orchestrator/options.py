@@ -56,10 +56,13 @@ class CacheInfo(NamedTuple):
     saved: Cost = Cost()       # What its hits would have cost
     spent: Cost = Cost()       # What its computations cost
 
+    def __str__(self) -> str:
+        from aurea_orchestrator.display import of_info
+        return of_info(self).text()
+
     def _repr_html_(self) -> str:
         from aurea_orchestrator.display import of_info
         return of_info(self).html()
 
     def _repr_pretty_(self, p: Any, cycle: bool) -> None:
-        from aurea_orchestrator.display import of_info
-        p.text(of_info(self).text())
+        p.text(str(self))

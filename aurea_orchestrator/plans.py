@@ -20,7 +20,8 @@ from .events import HITS, Event, Outcome
 from .pacing import Pace
 
 # %% auto #0
-__all__ = ['asking', 'Plan', 'listed', 'Heard', 'hear', 'Job', 'first_open', 'takes_lists', 'refused', 'arguments', 'Run', 'Bar']
+__all__ = ['asking', 'Plan', 'listed', 'Heard', 'hear', 'Batch', 'first_open', 'takes_lists', 'refused', 'arguments', 'Run',
+           'Bar']
 
 # %% ../nbs/58_plans.ipynb #0ea3a619
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def hear(run: Run, event: Event) -> None:
         heard.seconds = max(heard.seconds, event.seconds)  # The outer computation has lasted as long as those inside of it
 
 # %% ../nbs/58_plans.ipynb #8fd5810b
-class Job(NamedTuple):
+class Batch(NamedTuple):
     "One call to make."
 
     places: Sequence[int]        # The positions of its inputs: one, or those of a batch
@@ -140,7 +141,7 @@ def refused(fn: Any, name: str, common: Mapping[str, Any]) -> None:
         raise ConfigError(f"{name} has no argument {', '.join(unknown)}, and a run has no such option; it has {options}")
 
 
-def arguments(run: Run, job: Job) -> Mapping[str, Any]:
+def arguments(run: Run, job: Batch) -> Mapping[str, Any]:
     "All arguments of a call, defaults among them."
     try:
         bound = inspect.signature(run.fn).bind(*job.args, **{k: v for k, v in job.kwargs.items() if k != "bypass_cache"})
@@ -167,12 +168,12 @@ class Run:
         refused(fn, self.name, common)
         self.reads = self.cache.enabled and getattr(self.cache, "current_mode", "on") in ("on", "offline")
         self.pace = Pace(plan.rpm, plan.tpm, self.cache.clock.tick) if plan.rpm or plan.tpm else None
-        self.jobs: Iterator[Job] = iter(())
-        self.twins: list[tuple[int, Job]] = []     # Calls that mean the same as one before, and whose
+        self.jobs: Iterator[Batch] = iter(())
+        self.twins: list[tuple[int, Batch]] = []     # Calls that mean the same as one before, and whose
         self.results: list[Any] = []
         self.errors: dict[int, Exception] = {}
         self.outcomes: Counter[Outcome] = Counter()
-        self.done, self.seconds, self.usd, self.breathed = 0, 0.0, 0.0, 0.0
+        self.begun, self.done, self.seconds, self.usd, self.breathed = 0, 0, 0.0, 0.0, 0.0
         self.stopped, self.bar = threading.Event(), Bar(self)
         self.taking, self.lock = threading.Lock(), threading.Lock()  # For the inputs, which may make one wait; for what came
 
@@ -182,10 +183,17 @@ class Run:
             return (), {**self.common, **item}
         return ((), {**self.common, self.to: item}) if self.to else ((item,), self.common)
 
+    def begin(self, job: Batch | None) -> Batch | None:
+        "Note that a call is about to be made."
+        self.begun += len(job.places) if job else 0
+        return job
+
     def told(self) -> str:
         "How far it is, in words."
         done = f"{self.done - len(self.errors):,}" + ("" if self.total is None else f" of {self.total:,}")
-        return f"{self.name}: {done} inputs are done; what was computed is in the cache, run it again to go on"
+        threads, left = self.plan.concurrency > 1 and not self.awaits, self.begun - self.done
+        more = f", up to {left:,} more were asked for and are stored when they come" if threads and left else ""
+        return f"{self.name}: {done} inputs are done{more}; what was computed is in the cache, run it again to go on"
 
 # %% ../nbs/58_plans.ipynb #a79eb5ad
 class Bar:

@@ -16,7 +16,7 @@ from fastapi.exceptions import HTTPException
 from fastapi.security import APIKeyHeader
 
 from . import keys
-from .asked import Asked, Seen
+from .asked import Asked, Recent
 from .auth import allowed
 from .backends.base import Backend
 from .cache import Cache, answer
@@ -48,7 +48,7 @@ class House:
     max_body: int
     version: str
     notes: list[str] = field(default_factory=list)  # What a person should know: demo backend, open door
-    seen: Seen = field(default_factory=Seen)
+    seen: Recent = field(default_factory=Recent)
     tally: Tally = field(default_factory=Tally)     # Of all requests
 
 

@@ -19,10 +19,10 @@ from typing import Any
 from . import codec
 from .costs import cost_of
 from .effects import Both, Effect, Flow, Inline, adrive, drive
-from .errors import AureaError, CodecError, StoreError
+from .errors import AureaError, CodecError, OfflineMissError, StoreError
 from .events import Outcome
 from .pacing import PATIENCE, asked_to_wait, backoff, estimated, passing
-from .plans import Heard, Job, Plan, Run, arguments, asking, hear, takes_lists
+from .plans import Heard, Batch, Plan, Run, arguments, asking, hear, takes_lists
 
 _log = logging.getLogger("aurea_orchestrator")
 
@@ -48,7 +48,7 @@ class RunError(AureaError):
         self.results, self.errors = results, errors
 
 # %% ../nbs/59_runs.ipynb #a9806ee6
-def singles(run: Run) -> Iterator[Job]:
+def singles(run: Run) -> Iterator[Batch]:
     "A call for each input, as they are taken."
     first: dict[Any, int] = {}
     for place, item in enumerate(run.inputs):
@@ -60,7 +60,7 @@ def singles(run: Run) -> Iterator[Job]:
             failed(run, (place,), error)
             continue
         keys = (found,) if isinstance(found, str) else tuple(found)
-        job = Job((place,), args, kwargs, keys)
+        job = Batch((place,), args, kwargs, keys)
         if first.setdefault(keys, place) == place:
             yield job
         else:
@@ -87,7 +87,7 @@ def _fresh(key: str, blob: bytes, now: float) -> bool:
     return False
 
 
-def batches(run: Run, texts: Sequence[str], size: int) -> Flow[Iterator[Job]]:
+def batches(run: Run, texts: Sequence[str], size: int) -> Flow[Iterator[Batch]]:
     "Calls with lists of texts: those that are there, and full batches of those that are not."
     run.results = [None] * len(texts)
     first, reads, (args, kwargs) = dict[str, int](), run.reads and not run.common.get("bypass_cache"), run.call(texts)
@@ -106,22 +106,22 @@ def batches(run: Run, texts: Sequence[str], size: int) -> Flow[Iterator[Job]]:
     return iter([*cut(run, split[True], 1000, True), *cut(run, split[False], size, False)])
 
 
-def many(run: Run, part: Sequence[tuple[str, int]], there: bool) -> Job:
+def many(run: Run, part: Sequence[tuple[str, int]], there: bool) -> Batch:
     "One call for many texts, given by key and position."
     keys, places = zip(*part)
-    return Job(places, *run.call([run.inputs[place] for place in places]), keys, there, True)
+    return Batch(places, *run.call([run.inputs[place] for place in places]), keys, there, True)
 
 
-def cut(run: Run, pairs: Sequence[tuple[str, int]], size: int, there: bool) -> list[Job]:
+def cut(run: Run, pairs: Sequence[tuple[str, int]], size: int, there: bool) -> list[Batch]:
     "Calls of at most so many texts."
     return [many(run, pairs[i : i + size], there) for i in range(0, len(pairs), size)]
 
 # %% ../nbs/59_runs.ipynb #f85d0e64
-def twins(run: Run) -> Flow[Iterator[Job]]:
+def twins(run: Run) -> Flow[Iterator[Batch]]:
     "Calls for the inputs that mean the same as one before."
     waiting, run.twins = run.twins, []
     there = (yield from held(run, [job.keys[0] for _, job in waiting])) if run.reads else [False] * len(waiting)
-    calls, texts = list[Job](), list[tuple[str, int]]()
+    calls, texts = list[Batch](), list[tuple[str, int]]()
     for (first, job), has in zip(waiting, there):
         if (error := run.errors.get(first)) is not None:
             failed(run, job.places, error)
@@ -135,7 +135,7 @@ def twins(run: Run) -> Flow[Iterator[Job]]:
     return iter([job._replace(kwargs={**job.kwargs, "bypass_cache": False}) if "bypass_cache" in job.kwargs else job for job in calls])
 
 # %% ../nbs/59_runs.ipynb #24644172
-def succeeded(run: Run, job: Job, value: Any) -> None:
+def succeeded(run: Run, job: Batch, value: Any) -> None:
     "Put results in their places."
     with run.lock:
         for place, one in zip(job.places, value if job.batch else (value,)):
@@ -166,6 +166,8 @@ def work(run: Run) -> Flow[None]:
             except _Halt:
                 return
             except Exception as error:
+                if isinstance(error, OfflineMissError) and run.plan.errors == "raise":
+                    raise  # Nothing is computed offline, so nothing is lost by ending here; the others would say the same
                 failed(run, job.places, error)
             if (now := run.cache.clock.tick()) - run.breathed > 0.02:  # A task that only meets hits never waits: let others go
                 run.breathed = now
@@ -175,9 +177,9 @@ def work(run: Run) -> Flow[None]:
         raise
 
 
-def _next(run: Run) -> Job | None:
+def _next(run: Run) -> Batch | None:
     with run.taking:
-        return None if run.stopped.is_set() else next(run.jobs, None)
+        return None if run.stopped.is_set() else run.begin(next(run.jobs, None))
 
 
 def wait(run: Run, seconds: float) -> Flow[None]:
@@ -190,7 +192,7 @@ def wait(run: Run, seconds: float) -> Flow[None]:
         raise _Halt
 
 # %% ../nbs/59_runs.ipynb #0d2200b7
-def attempt(run: Run, job: Job) -> Flow[Any]:
+def attempt(run: Run, job: Batch) -> Flow[Any]:
     "Make a call, at the pace that is allowed, and again if it failed in a way that may pass."
     again = passing if run.plan.on is None else lambda error: isinstance(error, run.plan.on or ())
     for failures in count():
@@ -219,16 +221,16 @@ def attempt(run: Run, job: Job) -> Flow[Any]:
         yield from wait(run, seconds)
 
 
-def _call(run: Run, job: Job) -> Any:
+def _call(run: Run, job: Batch) -> Any:
     value = run.fn(*job.args, **job.kwargs)
     return list(value) if run.stream else value
 
 
-async def _acall(run: Run, job: Job) -> Any:
+async def _acall(run: Run, job: Batch) -> Any:
     return [item async for item in run.fn(*job.args, **job.kwargs)] if run.stream else await run.fn(*job.args, **job.kwargs)
 
 # %% ../nbs/59_runs.ipynb #67783a01
-def settle(run: Run, job: Job, heard: Heard, ticket: Any, tokens: float, value: Any, failed: bool = False) -> None:
+def settle(run: Run, job: Batch, heard: Heard, ticket: Any, tokens: float, value: Any, failed: bool = False) -> None:
     "Count how a call ended, and correct the pace by it."
     ended = heard.outcomes(len(job.places))
     computed = bool(ended[Outcome.MISS] or ended[Outcome.BYPASS])
@@ -306,7 +308,7 @@ def whole(run: Run) -> Flow[list[Any]]:
     return run.results
 
 
-def planned(run: Run) -> Flow[Iterator[Job]]:
+def planned(run: Run) -> Flow[Iterator[Batch]]:
     "The calls to make: in batches, for an embedding function that takes lists of texts."
     size = run.plan.batch_size or (256 if takes_lists(run.fn, run.to) else 1)
     if size > 1 and hasattr(run.fn, "_lists"):

@@ -224,7 +224,7 @@ font-weight:400;overflow-wrap:break-word}
 .aurea-sheet i{display:inline-block;width:.65em;height:.65em;border-radius:2px;margin:0 .35em 0 .5em}
 .aurea-sheet i:first-child{margin-left:0}
 .aurea-sheet svg{display:block;width:100%;height:.65em;border-radius:2px}
-""".strip()
+""".strip().replace(".aurea-sheet ", ".aurea-sheet:not(#a) ")  # With the weight of an id, for Jupyter's own rules for tables are heavy
 
 # %% ../nbs/34_sheets.ipynb #fa4f7bf0
 def _svg(bar: Sequence[tuple[str, float]], label: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 
 from aurea_orchestrator import Cache, routes
-from aurea_orchestrator.asked import Asked, Seen
+from aurea_orchestrator.asked import Asked, Recent
 from aurea_orchestrator.config import Settings
 from aurea_orchestrator.main import create_app
 from tests.upstream import Upstream, expected, vector
@@ -285,7 +285,7 @@ async def test_what_is_refused_or_wants_a_fresh_answer_is_not_remembered(make, u
 
 
 def test_what_is_remembered_is_bounded():
-    seen, asked = Seen(most=10, size=100), Asked(("llm:1",), "m")
+    seen, asked = Recent(most=10, size=100), Asked(("llm:1",), "m")
     for n in range(1000):
         seen.keep(("llm", b"?%d" % n, b""), asked)
         seen.keep(("llm", b"often", b""), seen.get(("llm", b"often", b"")) or asked._replace(model="often"))

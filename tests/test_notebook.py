@@ -69,11 +69,11 @@ def test_the_magics(kernel):
     assert kernel.run("%aurea mode offline").strip().endswith("offline") and "OfflineMissError" in kernel.run('await aask("new")')
     assert "OfflineMissError" in kernel.run('ask.refresh("p")')
     kernel.run("%aurea mode on")
-    assert kernel.run("%aurea clear ask").startswith("1 answers") and kernel.run("%aurea clear").startswith("1 answers")
+    assert kernel.run("%aurea clear ask").startswith("1 answers") and kernel.run("%aurea clear all").startswith("1 answers")
 
 
 def test_what_is_wrong_is_said(kernel):
-    for line, word in {"": "stats, explain", "hello": "stats, explain", "mode hello": "refresh", "explain ask": "wants a call", "explain ask(": "wants a call",
+    for line, word in {"": "stats, explain", "clear": "say what", "hello": "stats, explain", "mode hello": "refresh", "explain ask": "wants a call", "explain ask(": "wants a call",
                        "explain print(1)": "not a cached function", "clear Hello!": "neither a kind"}.items():
         assert "UsageError" in (said := kernel.run(f"%aurea {line}")) and word in said, line
     assert "no mode" in kernel.run("%%aurea hello\n1")
