@@ -26,8 +26,9 @@ Where each word lives, from the ground up:
     pacing, plans, runs         many calls at once: a pace, retries, a bar; what stopped goes on
     headers, asked, openapi,
     ledger                      bytes to key, headers; numbers of all workers
+    drawing, watching, page     an hour of numbers, and the page that draws them
     metrics, auth, routes,
-    front, main                 **request**, **reply**: the ASGI app
+    dashboard, front, main      **request**, **reply**: the ASGI app
     cli, notebook               the command `aurea`; magics
     contract, sharing, testing  suites for stores and backends of your own
 

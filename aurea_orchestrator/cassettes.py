@@ -214,7 +214,8 @@ def export(
 
     def take(key: str, blob: bytes) -> bool:
         nonlocal size
-        if mine(name := function_of(codec.header(blob))) and not codec.until(blob) < now:
+        said = codec.header(blob)
+        if mine(name := function_of(said), said.meta.get("who", "")) and not codec.until(blob) < now:
             names.append((name, key))
             size += len(blob)
         return True

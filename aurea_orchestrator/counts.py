@@ -207,7 +207,10 @@ def summary(totals: Mapping[str, float]) -> dict[str, Any]:
     whole = {"hits": hits, "misses": misses, "requests": hits + misses, "hit_rate": rate}
     rows = [(*name[1:].split(":", 3), n) for name, n in totals.items() if name.startswith("@")]
     costs = {kind: _sides([row for row in rows if row[1] == kind]) for kind in outcomes}
-    functions = {name: _function([row for row in rows if row[3] == name]) for name in sorted({str(row[3]) for row in rows} - {""})}
+    grouped: dict[str, list[_Counter]] = {}
+    for row in rows:
+        grouped.setdefault(str(row[3]), []).append(row)
+    functions = {name: _function(grouped[name]) for name in sorted(grouped) if name}
     return {**sums, "total": whole, "outcomes": outcomes, **_sides(rows), "costs": costs, "functions": functions}
 
 # %% ../nbs/45_counts.ipynb #fe57a460

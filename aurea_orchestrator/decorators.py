@@ -197,7 +197,7 @@ class CachedFunction(_Handy, Generic[_P, _R]):
 
     def cache_clear(self) -> Any:
         "Forget all answers of this function; how many there were. Reads every entry of its kind. Raises `StoreError`."
-        return self._run(clear(self.cache, self.kind, self.options.namespace, self.name))
+        return self._run(clear(self.cache, self.kind, self.options.namespace, self.name, self._who))
 
     @overload
     def __get__(self, instance: None, owner: Any) -> CachedFunction[_P, _R]: ...

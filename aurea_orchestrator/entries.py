@@ -66,13 +66,21 @@ Functions: TypeAlias = str | Callable[..., Any] | Iterable[str | Callable[..., A
 
 def whose(
     functions: Functions | None,  # None: all
-) -> Callable[[str], bool]:       # Tells for the name of a function whether it was chosen
+) -> Callable[..., bool]:         # Tells for the name of a function, and who it is if that was noted, whether it was chosen
     "Choose functions."
     if functions is None:
-        return lambda name: True
+        return lambda name, who="": True
     several = [functions] if isinstance(functions, str) or callable(functions) else functions
-    names = [each if isinstance(each, str) else f"{each.__module__}.{each.__qualname__}" for each in several]
-    return lambda name: any(name == each or name.endswith(f".{each}") for each in names)
+
+    def named(each: Any) -> tuple[str, str]:
+        return (each, "") if isinstance(each, str) else (f"{each.__module__}.{each.__qualname__}", getattr(each, "_who", ""))
+
+    known = [named(each) for each in several]
+
+    def chosen(name: str, who: str = "") -> bool:
+        return any((name == each or name.endswith(f".{each}")) and (not its or who in ("", its)) for each, its in known)
+
+    return chosen
 
 # %% ../nbs/54_entries.ipynb #b2e75b81
 PAGE, PAGE_BYTES = 100, 2**20  # Entries that are read or written at once, and about how many bytes of them
@@ -164,7 +172,7 @@ def look(
         if limit is not None and len(listing) >= limit:
             return False
         one = seen(key, blob, now, asked.get(key, 0))
-        if mine(one.function) and (older is None or now - one.born > older):
+        if mine(one.function, codec.header(blob).meta.get("who", "")) and (older is None or now - one.born > older):
             listing.append(one)
         return limit is None or len(listing) < limit
 

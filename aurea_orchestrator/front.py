@@ -22,14 +22,15 @@ __all__ = ['Front', 'respond']
 class _Watched:
     "Sends, and sees the status."
 
-    __slots__ = ("send", "status")
+    __slots__ = ("send", "status", "stream")
 
     def __init__(self, send: Send) -> None:
-        self.send, self.status = send, 500
+        self.send, self.status, self.stream = send, 500, False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            self.stream = (b"content-type", b"text/event-stream") in [(name, value[:17]) for name, value in message.get("headers", ())]
         await self.send(message)
 
 # %% ../nbs/74_front.ipynb #dc06f7b2
@@ -60,7 +61,7 @@ class Front:
                 await response(scope, receive, send)
         finally:
             if (house := self.house()) is not None:
-                house.metrics.answered(method, path, watched.status, time.perf_counter() - began)
+                house.metrics.answered(method, path, watched.status, None if watched.stream else time.perf_counter() - began)
 
 
 async def respond(endpoint: Callable[[Request], Awaitable[Response]], request: Request) -> Response:

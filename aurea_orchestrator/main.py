@@ -22,6 +22,7 @@ from .backends.demo import DemoBackend
 from .backends.openai import OpenAIBackend
 from .cache import Cache
 from .config import Settings
+from .dashboard import DASHBOARD, Watcher
 from .front import Front
 from .metrics import Metrics, server_folder
 from .routes import ASK, CACHE, LOOK, House
@@ -99,6 +100,7 @@ class _Door:
         self._settings, self._cache, self._stack = settings, cache, ExitStack()
         self._house: House | None = None
         self._opening: asyncio.Lock | None = None
+        self.watcher = Watcher()
 
     async def open(self) -> House:
         if self._house is None:
@@ -112,6 +114,7 @@ class _Door:
         return self._house
 
     async def shut(self) -> None:
+        await self.watcher.stop()
         house, self._house, self._opening = self._house, None, None
         if house is not None:
             self._stack.close()
@@ -130,7 +133,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await door.open()
+        door.watcher.start(await door.open())
         try:
             yield
         finally:
@@ -141,8 +144,8 @@ def create_app(
         summary="A cache for LLM and embedding calls.",
         description="request → key → lookup → lease → compute → store → reply",
     )  # fmt: skip
-    app.state.open, app.state.shut = door.open, door.shut
-    for router in (LOOK, ASK, CACHE):
+    app.state.open, app.state.shut, app.state.watcher = door.open, door.shut, door.watcher
+    for router in (LOOK, ASK, CACHE, DASHBOARD):
         app.include_router(router)
     express = {route.path: route.endpoint for route in ASK.routes if isinstance(route, APIRoute)}
     app.add_middleware(Front, house=lambda: door._house, express=express)

@@ -23,7 +23,7 @@ from .events import HITS, STEPS, Cost, Event, Outcome
 from .ledger import Ledger, Name
 
 # %% auto #0
-__all__ = ['METRICS', 'KINDS', 'server_folder', 'sweep_servers', 'open_ledger', 'Metrics']
+__all__ = ['METRICS', 'KINDS', 'BUCKETS', 'server_folder', 'sweep_servers', 'open_ledger', 'Metrics']
 
 # %% ../nbs/70_metrics.ipynb #6d79d622
 METRICS = {
@@ -56,8 +56,8 @@ _COUNTERS = {
     "http_requests_total": ("method", "path", "status"),
 }
 _TIMES = {"cache_step_duration_seconds": ("cache_type", "step"), "http_request_duration_seconds": ("method", "path")}
-_BUCKETS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-_CELLS = len(_BUCKETS) + 2  # The seconds in all; then how many took so long, bucket by bucket, the last without a bound
+BUCKETS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_CELLS = len(BUCKETS) + 2  # The seconds in all; then how many took so long, bucket by bucket, the last without a bound
 
 # %% ../nbs/70_metrics.ipynb #8c469d6d
 def server_folder() -> Path | None:
@@ -147,7 +147,7 @@ class _Meters:
         "Add to a histogram; under the lock."
         cells = self._ledger.row(series, _CELLS)
         cells[0] += seconds
-        cells[1 + bisect_left(_BUCKETS, seconds)] += 1.0
+        cells[1 + bisect_left(BUCKETS, seconds)] += 1.0
 
 # %% ../nbs/70_metrics.ipynb #dae82bf9
 class Metrics(_Meters):
@@ -173,11 +173,16 @@ class Metrics(_Meters):
         with self._ledger.lock:
             self._cost("saved" if outcome in HITS else "spent", kind, cost)
 
-    def answered(self, method: str, path: str, status: int, seconds: float) -> None:
+    def answered(self, method: str, path: str, status: int, seconds: float | None) -> None:
         "Count an HTTP reply. `path` must be a route, not what a client wrote, or series would grow without bound."
         with self._ledger.lock:
             self._add(1, "http_requests_total", method, path, str(status))
-            self._time(seconds, "http_request_duration_seconds", method, path)
+            if seconds is not None:  # A stream lasts as long as its reader stays
+                self._time(seconds, "http_request_duration_seconds", method, path)
+
+    def total(self) -> dict[Name, list[float]]:
+        "The numbers of all workers: a counter's one; a histogram's seconds, then its counts."
+        return self._ledger.total()
 
     def close(self) -> None:
         "Give back the file of this worker."
@@ -210,7 +215,7 @@ class _Page:
             times = core.HistogramMetricFamily(name, METRICS[name], labels=labels)
             for (whose, *values), (seconds, *counts) in total.items():
                 if whose == name:
-                    bounds = (*map(str, _BUCKETS), "+Inf")
+                    bounds = (*map(str, BUCKETS), "+Inf")
                     times.add_metric(values, list(zip(bounds, accumulate(counts))), seconds)
             yield times
         yield core.GaugeMetricFamily("cache_hit_rate", METRICS["cache_hit_rate"], value=_rate(total))

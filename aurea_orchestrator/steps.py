@@ -134,11 +134,11 @@ def store(cache: Workings, request: Request, replies: Mapping[str, Reply], token
 # %% ../nbs/48_steps.ipynb #f0478c64
 def noted(cache: Workings, request: Request, those: Iterable[str]) -> dict[str, dict[str, Any]]:
     "The facts that go with the entry of each key."
-    facts = {name: value for name, value in request.meta.items() if name != "said"}
+    facts = {name: value for name, value in request.meta.items() if name != "said"} | ({"who": request.who} if request.who else {})
     if request.fields is None or cache.explain == "off":
         return dict.fromkeys(those, facts)
     places = {key: place for place, key in enumerate(request.keys)}
-    return {key: {**facts, "who": request.who, "args": remembered(request.fields(places[key]), cache.explain)} for key in those}
+    return {key: {**facts, "args": remembered(request.fields(places[key]), cache.explain)} for key in those}
 
 
 def worth(request: Request, value: Any) -> bool:
@@ -238,8 +238,10 @@ def forget(cache: Workings, those: Sequence[str]) -> Flow[int]:
 _PAGE = 250  # Keys removed in one exchange; with more, those who read meanwhile wait noticeably longer
 
 
-def clear(cache: Workings, kind: str | None = None, namespace: str | None = None, name: str | None = None) -> Flow[int]:
-    "Remove entries, of one function if its name is given; how many there were."
+def clear(
+    cache: Workings, kind: str | None = None, namespace: str | None = None, name: str | None = None, who: str = ""
+) -> Flow[int]:
+    "Remove entries, of one function if its name (and who it is) is given; how many there were."
     if namespace is not None:
         keys.check_namespace(namespace)
     chosen = [keys.check_kind(kind)] if kind is not None else sorted((yield from kinds(cache.counts)))
@@ -250,18 +252,19 @@ def clear(cache: Workings, kind: str | None = None, namespace: str | None = None
         while True:
             page = yield from cache.store.scan(keys.prefix(each, namespace), cursor, _PAGE)
             ours = [key for key in page.keys if keys.is_key(key)]
-            removed += yield from cache.store.delete(ours if name is None else (yield from made_by(cache, name, ours)))
+            removed += yield from cache.store.delete(ours if name is None else (yield from made_by(cache, name, ours, who)))
             if (cursor := page.cursor) is None:
                 break
     return removed
 
 # %% ../nbs/48_steps.ipynb #142ebc9f
-def made_by(cache: Workings, name: str, ours: Sequence[str]) -> Flow[list[str]]:
+def made_by(cache: Workings, name: str, ours: Sequence[str], who: str = "") -> Flow[list[str]]:
     "Those of the keys whose entries say that a function made them."
     blobs = yield from cache.store.get_many(ours)
     made = []
     for key, blob in zip(ours, blobs):
         with suppress(CodecError):
-            if blob is not None and codec.header(blob).meta.get("name") == name:
+            meta = {} if blob is None else codec.header(blob).meta
+            if meta.get("name") == name and (not who or meta.get("who", who) == who):
                 made.append(key)
     return made

@@ -777,3 +777,14 @@ async def test_an_early_refresh_runs_in_the_background(counting, cache):
         if await ask("p") == 2: break
         await asyncio.sleep(0.01)
     assert await ask("p") == 2 and len(counting) == 2 and ask.cache_info().misses == 1
+
+
+def test_functions_of_one_name_keep_their_answers_apart(counting):
+    def made(version):
+        @cache_llm_response(version=version)
+        def ask(prompt): counting.calls.append(version); return version
+        return ask
+    one, two = made("1"), made("2")
+    assert (one("p"), two("p")) == ("1", "2") and one.cache_clear() == 1
+    assert (two("p"), one("p")) == ("2", "1") and counting.calls == ["1", "2", "1"]
+    assert one.explain("p").outcome == "hit" and "source" in made("3").explain("p").why
