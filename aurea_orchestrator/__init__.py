@@ -29,6 +29,8 @@ Where each word lives, from the ground up:
     drawing, watching, page     an hour of numbers, and the page that draws them
     metrics, auth, routes,
     dashboard, front, main      **request**, **reply**: the ASGI app
+    origins, terminal, doctor,
+    looking, warming            what the command is made of: settings' origins, diagnosis, listings, files of prompts
     cli, notebook               the command `aurea`; magics
     contract, sharing, testing  suites for stores and backends of your own
 

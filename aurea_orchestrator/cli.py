@@ -5,20 +5,59 @@
 # %% ../nbs/80_cli.ipynb #6fcf6a90
 from __future__ import annotations
 
-import errno
-import socket
-from typing import Annotated
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import __version__
+from .terminal import agreed, document, hint, import_from_here, noted, opened, params_of, patient, taken, text_of
 
-cli = typer.Typer(help="A cache for LLM and embedding calls.", no_args_is_help=True, add_completion=False)
+if TYPE_CHECKING:
+    from aurea_orchestrator.cache import Cache
+    from aurea_orchestrator.warming import Summary
 
 # %% auto #0
-__all__ = ['cli', 'taken', 'serve', 'main']
+__all__ = ['cli', 'serve', 'stats', 'ls', 'show', 'explain', 'clear', 'export', 'import_', 'warm', 'doctor', 'main']
 
 # %% ../nbs/80_cli.ipynb #864baa93
+def _fail(why: object, code: int = 1) -> typer.Exit:
+    "Say why it ends, and with which code."
+    typer.echo(f"aurea: {why}", err=True)
+    return typer.Exit(code)
+
+
+class _Polite(TyperGroup):
+    "Commands whose errors are one line."
+
+    def invoke(self, ctx: Any) -> Any:
+        from aurea_orchestrator.errors import AureaError, ConfigError
+        try:
+            return super().invoke(ctx)
+        except AureaError as error:
+            raise _fail(error, 2 if isinstance(error, ConfigError) else 1) from None
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise _fail(f"{error.filename}: {error.strerror}" if error.filename else error) from None
+
+
+def _examples(*lines: str) -> str:
+    "What `--help` ends with: a paragraph for each line."
+    return "\n\n".join(["Examples:" if len(lines) > 1 else "Example:", *lines])
+
+
+cli = typer.Typer(
+    cls=_Polite, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="A cache for LLM and embedding calls.",
+    epilog="Exit codes: 0 done and well, 1 failed or not well, 2 asked for in a way that cannot work. Settings: environment or .env.",
+)  # fmt: skip
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(__version__)
@@ -29,25 +68,24 @@ def _version(show: bool) -> None:
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and end.")] = False,
 ) -> None:
-    pass
+    if not (log := logging.getLogger("aurea_orchestrator")).handlers:
+        log.addHandler(logging.NullHandler())  # What is wrong is said once, by the command
+
+# %% ../nbs/80_cli.ipynb #59a8803f
+_Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="Another store than that of the settings: sqlite:///cache.db.")]
+_Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+_Kind = Annotated[str | None, typer.Option("--kind", metavar="KIND", help="Only of this kind: llm, embedding, or your own.")]
+_Namespace = Annotated[str | None, typer.Option("--namespace", metavar="NAME", help="Only of this namespace.")]
+_Function = Annotated[list[str] | None, typer.Option("--function", "-f", metavar="NAME", help="Only of this function; may be given again.")]
+_Older = Annotated[str | None, typer.Option("--older", metavar="AGE", help="Only what was computed longer ago: 90, 15m, 36h, 7d.")]
+
+
+def _say(result: Mapping[str, Any], text: Callable[[], str], as_json: bool) -> None:
+    "Print a result, in one of its two forms."
+    typer.echo(document(result) if as_json else text())
 
 # %% ../nbs/80_cli.ipynb #5d2ce312
-def taken(host: str, port: int) -> str | None:
-    "Why an address cannot be listened on, if it cannot."
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return f"port {port} is taken on {host}; stop what listens there, or choose another with PORT= or --port"
-        return f"cannot listen on {host}:{port}: {error.strerror or error}"
-    return None
-
-# %% ../nbs/80_cli.ipynb #66653456
-@cli.command(epilog="Example: PORT=9000 LLM_BASE_URL=http://localhost:11434/v1 aurea serve --workers 4")
+@cli.command(epilog=_examples("PORT=9000 LLM_BASE_URL=http://localhost:11434/v1 aurea serve --workers 4"))
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; else HOST.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; else PORT.", min=1, max=65535)] = None,
@@ -57,17 +95,277 @@ def serve(
     import uvicorn
 
     from aurea_orchestrator.config import Settings
-    from aurea_orchestrator.errors import ConfigError
-    try:
-        settings = Settings()
-    except ConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
+    import_from_here()
+    settings = Settings()
     host, port = host or settings.host, port or settings.port
     if why := taken(host, port):
-        typer.echo(why, err=True)
-        raise typer.Exit(1)
+        raise _fail(why)
+    log = logging.getLogger("aurea_orchestrator")
+    for handler in list(log.handlers):  # The server has a log, and says more than a command
+        log.removeHandler(handler)
     uvicorn.run("aurea_orchestrator.main:app", host=host, port=port, workers=workers, log_level="debug" if settings.debug else "info")
+
+# %% ../nbs/80_cli.ipynb #2c4b930b
+@cli.command(epilog=_examples("aurea stats", "aurea stats --watch", "aurea stats --json | jq .total.hit_rate"))
+def stats(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(metavar="SECONDS", help="Between two looks.", min=0.1)] = 2.0,
+    url: _Url = None, as_json: _Json = False,
+) -> None:  # fmt: skip
+    "What the cache has saved, and what it has cost."
+    with opened(url) as cache:
+        if watch:
+            from aurea_orchestrator.looking import look_again
+            return look_again(cache.stats, every, as_json)
+        found = cache.stats()
+        if as_json or found["store"]["up"]:
+            _say(found, lambda: str(found), as_json)
+        if not found["store"]["up"]:
+            raise _fail(found["store"].get("trouble", "the store cannot be reached"))
+
+# %% ../nbs/80_cli.ipynb #d4259694
+@cli.command(epilog=_examples("aurea ls --sort cost", "aurea ls -f ask --older 7d -n 0", "aurea ls --json | jq '.entries[].key'"))
+def ls(
+    sort: Annotated[str, typer.Option(metavar="BY", help="age, size, hits, cost, left, function or key.")] = "age",
+    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="The other way round.")] = False,
+    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", help="At most so many; 0: all.", min=0)] = 20,
+    kind: _Kind = None, namespace: _Namespace = None, function: _Function = None, older: _Older = None,
+    url: _Url = None, as_json: _Json = False,
+) -> None:  # fmt: skip
+    "List entries, the newest first, or as --sort says."
+    from aurea_orchestrator.effects import drive
+    from aurea_orchestrator.looking import choose, ordered, plain, table
+    with opened(url) as cache:
+        ordered([], sort)
+        (listing, word), now = drive(choose(cache, kind, namespace, function, older)), cache.clock.now()
+    hint(word)
+    shown = ordered(listing, sort, reverse)[: limit or None]
+    left = len(listing) - len(shown)
+    damaged = f"{listing.passed.damaged:,} damaged entries were passed over" if listing.passed.damaged else ""
+    note = ". ".join(filter(None, [f"and {left:,} more; --limit 0 shows all" if left else "", damaged]))
+    totals = {"total": len(listing), "size_bytes": sum(one.size_bytes for one in listing), **listing.passed._asdict()}
+    _say({"entries": [plain(one, now) for one in shown], **totals}, lambda: table(shown, now, note).text(), as_json)
+
+# %% ../nbs/80_cli.ipynb #0cc5be99
+def _the_one(cache: Cache, beginning: str) -> str:
+    "The key that is meant."
+    from aurea_orchestrator.effects import drive
+    from aurea_orchestrator.looking import find
+    found = drive(find(cache, beginning))
+    if not found:
+        raise _fail(f"no entry begins with {beginning}")
+    if len(found) > 1:
+        raise _fail(f"{beginning} may mean several entries; write more of it:\n  " + "\n  ".join(found))
+    return found[0]
+
+
+@cli.command(epilog=_examples("aurea show 3fa9", "aurea show llm:3fa9c2 --json | jq .value"))
+def show(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A key, or as much of it as means one entry only.")],
+    url: _Url = None, as_json: _Json = False,
+) -> None:  # fmt: skip
+    "Show one entry: what is known of it, and its value."
+    from aurea_orchestrator import codec
+    from aurea_orchestrator.effects import drive
+    from aurea_orchestrator.looking import lines, one, plain, sheet_of, value_of
+    with opened(url) as cache:
+        found, now = drive(one(cache, whole := _the_one(cache, key))), cache.clock.now()
+    if found is None:
+        raise _fail(f"{whole} is damaged or gone; it will be computed again")
+    entry, blob = found
+    value = value_of(blob)
+    said = {**plain(entry, now), "facts": codec.header(blob).meta, "value": value}
+    _say(said, lambda: f"{sheet_of(entry, blob, now).text()}\n\n{lines(value)}", as_json)
+
+# %% ../nbs/80_cli.ipynb #512f0e0d
+_Param = Annotated[list[str] | None, typer.Option("--param", "-p", metavar="NAME=VALUE", help="As in temperature=0.2; may be given again.")]
+_Model = Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help="Whom to ask; else the model of the settings.")]
+_Context = Annotated[str | None, typer.Option("--context", metavar="TEXT", help="What comes with a prompt.")]
+
+
+@cli.command(epilog=_examples("aurea explain --prompt 'Why is the sky blue?' -p temperature=0.2", "aurea explain 3fa9"))
+def explain(
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="The key of an entry, or its beginning.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="A prompt, as for POST /llm/generate.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="A text, as for POST /embedding/generate.")] = None,
+    model: _Model = None, context: _Context = None, param: _Param = None, url: _Url = None, as_json: _Json = False,
+) -> None:  # fmt: skip
+    "Say why a call would be a hit or a miss."
+    if sum(one is not None for one in (key, prompt, text)) != 1:
+        raise _fail("give one of KEY, --prompt and --text", 2)
+    said = _explained(key, prompt, text, params_of(param, model=model, context=context), url)
+    differs = [each._asdict() for each in said.differences]
+    _say({**said._asdict(), "saves": said.saves._asdict(), "differences": differs}, lambda: str(said), as_json)
+
+# %% ../nbs/80_cli.ipynb #e7b0fa2d
+def _explained(key: str | None, prompt: str | None, text: str | None, given: dict[str, Any], url: str | None) -> Any:
+    "The explanation."
+    from aurea_orchestrator.effects import drive
+    from aurea_orchestrator.explain import explain as explained
+    if key is not None:
+        with opened(url) as cache:
+            return drive(explained(cache, _the_one(cache, key), "", "", {}))
+    from aurea_orchestrator.warming import question_of
+    with _house(url) as house:
+        kind, asked = ("llm", {"prompt": prompt}) if text is None else ("embedding", {"text": text})
+        question = question_of(house, kind, given | asked)
+        return drive(explained(house.cache, question.asked.keys[0], question.name, "", question.each[0], question.fresh))
+
+# %% ../nbs/80_cli.ipynb #5aebb0dc
+@contextmanager
+def _house(url: str | None, writes: bool = False) -> Iterator[Any]:
+    "What answers requests, as the running configuration has it."
+    import asyncio
+
+    from aurea_orchestrator.main import build
+    from aurea_orchestrator.warming import leave
+    import_from_here()
+    with ExitStack() as stack:
+        house = build(patient(url), stack)
+        stack.callback(house.cache.close)
+        stack.callback(lambda: asyncio.run(leave(house)))
+        noted(house.cache, url, writes)
+        yield house
+
+# %% ../nbs/80_cli.ipynb #bf0bb57f
+@cli.command(epilog=_examples("aurea clear --function ask --older 7d", "aurea clear --kind embedding --yes", "aurea clear --dry-run"))
+def clear(
+    kind: _Kind = None, namespace: _Namespace = None, function: _Function = None, older: _Older = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many.")] = False,
+    url: _Url = None, as_json: _Json = False,
+) -> None:  # fmt: skip
+    "Remove entries: all, or of a kind, a namespace, a function, an age."
+    from aurea_orchestrator.effects import drive
+    from aurea_orchestrator.entries import remove
+    from aurea_orchestrator.looking import choose, keys_held
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise _fail("clear asks before it removes, and nobody can be asked here; say --yes (or --dry-run)", 2)
+    with opened(url) as cache:
+        some, removed = bool(function or older), 0
+        chosen, word = drive(choose(cache, kind, namespace, function, older)) if some else ([], "")
+        matched = len(chosen) if some else drive(keys_held(cache, kind, namespace))
+        hint(word)
+        if matched and not dry_run:
+            if not yes and not agreed(f"Remove {_entries(matched)} from {cache.store.url}?"):
+                raise _fail("nothing was removed")
+            removed = drive(remove(cache, chosen)) if some else cache.clear(kind, namespace)
+    done = f"{_entries(matched)} would be removed" if dry_run else f"{_entries(removed)} removed"
+    _say({"matched": matched, "removed": removed, "dry_run": dry_run}, lambda: done, as_json)
+
+
+def _entries(n: int) -> str: return f"{n:,} {'entry' if n == 1 else 'entries'}"
+
+# %% ../nbs/80_cli.ipynb #b645c733
+@cli.command(epilog=_examples("aurea export answers.jsonl", "aurea export team.jsonl --namespace team -f ask"))
+def export(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The cassette, made or replaced.")],
+    kind: _Kind = None, namespace: _Namespace = None, function: _Function = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file even if it is no cassette.")] = False,
+    url: _Url = None, as_json: _Json = False,
+) -> None:  # fmt: skip
+    "Write entries to a cassette, a text file to read and to ship."
+    from pathlib import Path
+
+    from aurea_orchestrator.looking import progress
+    if (path := Path(file)).is_file() and not force:
+        with path.open("rb") as there:
+            if (head := there.read(9)) and head != b'{"aurea":':
+                raise _fail(f"{file} is there and is no cassette; choose another name, or say --force")
+    with opened(url) as cache, progress("exporting") as bar:
+        n = cache.export(path, function or None, kind=kind, namespace=namespace, progress=bar)
+    _say({"file": file, "entries": n}, lambda: f"{_entries(n)} in {file}", as_json)
+
+# %% ../nbs/80_cli.ipynb #994a53d5
+@cli.command("import", epilog=_examples("aurea import answers.jsonl", "aurea import answers.jsonl --ttl 30d --url sqlite:///other.db"))
+def import_(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A cassette.")],
+    ttl: Annotated[str | None, typer.Option(metavar="AGE", help="Keep the entries so long, from now on; else without end.")] = None,
+    url: _Url = None, as_json: _Json = False,
+) -> None:  # fmt: skip
+    "Put the entries of a cassette into the store."
+    import warnings
+
+    from aurea_orchestrator.cassettes import load
+    from aurea_orchestrator.effects import drive
+    from aurea_orchestrator.looking import progress, read_seconds
+    with opened(url, writes=True) as cache, progress("importing") as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Said below, line by line
+        done = drive(load(cache, file, read_seconds(ttl) if ttl else None, bar))
+    skipped = [{"line": line, "error": why} for line, why in done.skipped]
+    kept = f"; {_entries(done.kept)} left, for the store had newer ones" if done.kept else ""
+    told = {"file": file, "loaded": done.loaded, "kept": done.kept, "skipped": skipped}
+    _say(told, lambda: f"{_entries(done.loaded)} loaded{kept}", as_json)
+    _complain([f"{file}: line {line}: {why}" for line, why in done.skipped])
+
+
+def _complain(lines: list[str], most: int = 10) -> None:
+    "End with 1 if there is something to complain about."
+    if lines:
+        more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+        raise _fail("\naurea: ".join(lines[:most] + more))
+
+# %% ../nbs/80_cli.ipynb #284573de
+@cli.command(epilog=_examples("aurea warm prompts.txt", "aurea warm faq.csv --column question", "cat it | aurea warm - --kind embedding"))
+def warm(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSONL, CSV, TSV or plain lines; - for stdin.")],
+    form: Annotated[str | None, typer.Option("--format", metavar="FORM", help="jsonl, csv, tsv or plain; else by the name.")] = None,
+    kind: Annotated[str, typer.Option(metavar="KIND", help="What plain lines and a --column are: llm or embedding.")] = "llm",
+    column: Annotated[str | None, typer.Option(metavar="NAME", help="Where the question is.")] = None,
+    model: _Model = None, context: _Context = None, param: _Param = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", "-c", metavar="N", help="Calls at a time.", min=1, max=256)] = 8,
+    batch: Annotated[int, typer.Option(metavar="N", help="Texts in a call.", min=1, max=2048)] = 64,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Ask again what is there already.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is missing.")] = False,
+    url: _Url = None, as_json: _Json = False,
+) -> None:  # fmt: skip
+    "Ask a whole file of prompts or texts, so that the answers are there."
+    from aurea_orchestrator.warming import NAMES, Summary, form_of, read, sheet_of
+    form = form or form_of(file)
+    if kind not in NAMES or form not in ("jsonl", "csv", "tsv", "plain"):
+        raise _fail("--kind is llm or embedding, --format jsonl, csv, tsv or plain", 2)
+    common = params_of(param, model=model, context=context) | ({"bypass_cache": True} if refresh else {})
+    so_far = Summary(dry=dry_run)
+    _warm(url, read(text_of(file), form, kind, column), so_far, common, concurrency, batch)
+    _say(so_far.plain(), lambda: sheet_of(so_far).text(), as_json)
+    if so_far.stopped == _INTERRUPTED:
+        raise _fail(f"{_INTERRUPTED}; begin it again to go on", 130)
+    _complain([f"{file}: {each}" for each in so_far.complaints()])
+
+# %% ../nbs/80_cli.ipynb #2a49d8d8
+_INTERRUPTED = "interrupted"
+
+
+def _warm(url: str | None, wishes: Any, so_far: Summary, common: dict[str, Any], concurrency: int, batch: int) -> None:
+    "Do it, until it is done or interrupted."
+    import asyncio
+
+    from aurea_orchestrator.looking import progress
+    from aurea_orchestrator.warming import warm, words_of
+    with ExitStack() as stack:
+        house, bar = stack.enter_context(_house(url, writes=True)), stack.enter_context(progress("warming"))
+        tell = None if bar is None else lambda now: bar(now.lines - now.left, now.lines, words_of(now))
+        try:
+            asyncio.run(warm(house, wishes, so_far, common, concurrency, batch, tell))
+        except KeyboardInterrupt:
+            so_far.stopped = _INTERRUPTED
+
+# %% ../nbs/80_cli.ipynb #04344be4
+@cli.command(epilog=_examples("aurea doctor", "aurea doctor --strict --json | jq '.findings[] | select(.status != \"ok\")'"))
+def doctor(
+    strict: Annotated[bool, typer.Option("--strict", help="A warning is a failure too.")] = False,
+    url: _Url = None, as_json: _Json = False,
+) -> None:  # fmt: skip
+    "Examine configuration and store: what works, what is degraded, how to mend it."
+    import os
+
+    from aurea_orchestrator.doctor import examine
+    from aurea_orchestrator.main import backends_of
+    import_from_here()
+    report = examine({"cache_url": url} if url else {}, os.environ, backends_of)
+    _say(report.plain(), lambda: report.sheet().text(), as_json)
+    if not report.healthy or strict and any(one.status == "warning" for one in report.findings):
+        raise typer.Exit(1)
 
 
 def main() -> None:

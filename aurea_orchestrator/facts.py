@@ -26,7 +26,7 @@ def places(
     value: Any,
 ) -> Iterator[tuple[str, Any]]:  # Path and what is there
     "The places of a value, in order."
-    if isinstance(value, Mapping) and value and all(type(key) is str for key in value):
+    if isinstance(value, Mapping) and all(type(key) is str for key in value):
         for key, inner in value.items():
             yield from places(f"{name}.{key}", inner)
     elif isinstance(value, (list, tuple)) and len(value) <= MOST and any(isinstance(inner, (str, Mapping, list, tuple)) for inner in value):

@@ -124,11 +124,11 @@ class AureaMagics(_Words):
     def aurea(self, line: str, cell: str | None = None) -> Any:
         """The cache at hand.
 
-        %aurea stats                            what the cache holds, saved and spent
-        %aurea explain ask("Why?", n=2)         why this call would be a hit or a miss
-        %aurea clear [kind, function or all]    forget answers
-        %aurea mode [on|refresh|offline|off]    show or set the mode
-        %%aurea refresh                         compute the answers of this cell anew (or: offline, off, on)
+        `%aurea stats`                            what the cache holds, saved and spent
+        `%aurea explain ask("Why?", n=2)`         why this call would be a hit or a miss
+        `%aurea clear [kind, function or all]`    forget answers
+        `%aurea mode [on|refresh|offline|off]`    show or set the mode
+        `%%aurea refresh`                         compute the answers of this cell anew (or: offline, off, on)
         """
         word, _, rest = line.strip().partition(" ")
         if cell is not None:

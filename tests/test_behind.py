@@ -1,7 +1,6 @@
 """Answers are written behind their callers: nobody waits for a slow store, nobody computes twice because of it, nothing is lost."""
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 import textwrap

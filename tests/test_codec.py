@@ -31,8 +31,8 @@ from openai.types import CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
 from aurea_orchestrator.codec import Entry, batch, check, current, decode, encode, header, trusted
-from aurea_orchestrator.events import Cost
 from aurea_orchestrator.errors import DamagedEntryError, UnstorableError
+from aurea_orchestrator.events import Cost
 from aurea_orchestrator.records import made, shape_of
 from aurea_orchestrator.values import FLOAT32, FLOAT64, to_payload
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -109,6 +110,7 @@ SORTS = {
     "install": r"pip install \.",                                      # not run here: tests/house/test_packaging.py builds and installs
     "compose": r"docker compose( --profile [a-z]+)? up -d --build",    # no engine here: the file is read
     "server": r"([A-Z_]+=\S+ )*uvicorn aurea_orchestrator\.main:app( --workers \d+)?",
+    "aurea": r"aurea (stats|ls|explain|warm|clear|doctor) ?.*",
     "curl": r"curl .*localhost:8000/.*",
 }
 
@@ -130,6 +132,13 @@ def test_an_unknown_command_would_be_seen():
     with pytest.raises(AssertionError, match="rm -rf"):
         lines(Block("bash", "make serve   # a comment\nrm -rf /tmp/x", None))
     assert all(of_sort(sort) for sort in SORTS), "a sort that nothing is of any more"
+
+
+@pytest.mark.parametrize("line", of_sort("aurea"))
+def test_aurea_knows_the_command_and_its_options(line):
+    _, command, *rest = shlex.split(line)
+    usage = subprocess.run([sys.executable, "-m", "aurea_orchestrator", command, "--help"], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    assert usage.returncode == 0 and [word for word in rest if word.startswith("-") and not re.search(rf"(^|\s|,){word}\b", usage.stdout)] == [], usage.stdout
 
 
 @pytest.mark.parametrize("line", of_sort("make"))

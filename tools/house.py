@@ -42,7 +42,10 @@ DOORS = {
     "pydantic": {"config", "codec", "keys", "values", "call", "routes"},
     "pydantic_settings": {"config"},
 }
-LAZY = {"numpy": DOORS["numpy"], "genai_prices": DOORS["genai_prices"], "tqdm": DOORS["tqdm"], "pydantic": {"codec", "keys", "values", "call"}}  # only inside a function there
+LAZY = {  # only inside a function there
+    "numpy": DOORS["numpy"], "genai_prices": DOORS["genai_prices"], "tqdm": DOORS["tqdm"],
+    "pydantic": {"codec", "keys", "values", "call"},
+}
 
 # Who may not know whom, beyond what the stairs forbid.
 STRANGERS = {
@@ -154,7 +157,8 @@ def breaches(b: Book, floors: dict[str, str]) -> Iterator[Breach]:
             if top != PKG or not dep: continue
             room = next((d for d in (dep, dep.rpartition(".")[0]) if d in floors), None)
             if room is None: yield breach(f"imports {module}, which no notebook makes")
-            elif room != b.name and floors[room] >= b.number and not (lazy and room in HANDS.get(b.name, set())): yield breach(f"imports {room} ({floors[room]}): stairs go up only")
+            elif room != b.name and floors[room] >= b.number and not (lazy and room in HANDS.get(b.name, set())):
+                yield breach(f"imports {room} ({floors[room]}): stairs go up only")
             wing = b.name.split(".")[0]
             strangers = (STRANGERS.get(b.name, set()) | STRANGERS.get(wing, set())) - FRIENDS.get(b.name, set())
             if dep.split(".")[0] != wing and _knows(dep, strangers): yield breach(f"may not know {dep}")
