@@ -24,6 +24,7 @@ from .steps import agree, behind, clear, compute, give_back, lookup, made, offli
 if TYPE_CHECKING:
     from aurea_orchestrator.cassettes import Loaded
     from aurea_orchestrator.config import Settings
+    from aurea_orchestrator.entries import Listing
 
 # %% auto #0
 __all__ = ['fetch', 'lead', 'lease', 'join', 'aging', 'refresh', 'reply', 'failed', 'bypass', 'stay_offline', 'glance', 'seek',
@@ -267,6 +268,11 @@ class _Handy(Workings):
     def mode(self, mode: str) -> Mode:
         "Work in another mode: from now on, or inside of a `with` block. For everybody who uses this cache."
         return Mode(self, mode)
+
+    def entries(self, **chosen: Any) -> Listing:
+        "What the store holds: all, or of a `kind=`, a `namespace=`, a `function=`, `older=` than so many seconds, at most `limit=`."
+        from aurea_orchestrator import entries
+        return drive(entries.look(self, **chosen))
 
     def export(self, path: str | os.PathLike[str], functions: Any = None, **chosen: Any) -> int:
         "Write entries to a cassette, a text file: all, or those of some functions, a `namespace=`, a `kind=`; how many. See `cassettes`."

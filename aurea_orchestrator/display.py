@@ -13,11 +13,12 @@ from .costs import Cost
 from .sheets import COLOURS, Row, Sheet, Table, clean, money, percent, seconds, size, tokens
 
 MOST = 10  # Functions in a table
+MANY = 50  # Entries that are shown of a listing
 ABSENT: Any = object()
 
 # %% auto #0
-__all__ = ['MOST', 'ABSENT', 'outcomes_table', 'paid', 'costs_table', 'Stats', 'of_stats', 'of_info', 'of_function', 'preview',
-           'of_entry', 'of_explanation']
+__all__ = ['MOST', 'MANY', 'ABSENT', 'outcomes_table', 'paid', 'costs_table', 'Stats', 'of_stats', 'of_info', 'of_function',
+           'preview', 'of_entry', 'life_table', 'of_entries', 'of_explanation']
 
 # %% ../nbs/35_display.ipynb #09bd64ca
 def _as_cost(cost: Any) -> Cost:
@@ -176,7 +177,28 @@ def of_entry(
         "age": seconds(max(0.0, now - seen.born)), "ttl": _lasts(seen.ttl), "expires" if left is None or left > 0 else "expired": ends,
         "size": size(seen.size_bytes), "hits": None if seen.hits is None else f"{seen.hits:,}",
         "took": seconds(cost.seconds), "tokens": spent, "cost": money(cost.usd) if cost.usd else None,
-        "type": seen.value_type, "key": seen.key, "value": None if value is ABSENT else preview(value)}))
+        "type": seen.value_type, "key": seen.key, "value": None if value is ABSENT else preview(value)}), life_table(seen, now))
+
+
+def life_table(seen: Any, now: float) -> tuple[Table, ...]:
+    "How much of its time an entry has had."
+    if not seen.ttl:
+        return ()
+    part = min(1.0, max(0.0, (now - seen.born) / seen.ttl))
+    row = Row((seconds(max(0.0, now - seen.born)), seconds(seen.ttl)), (("past", part), ("to come", 1 - part)))
+    return (Table("Its time", ("age", "ttl"), (row,)),)
+
+# %% ../nbs/35_display.ipynb #92e4365b
+def of_entries(entries: Iterable[Any], now: float) -> Sheet:
+    "Entries of the store, one a line."
+    rows = []
+    for seen in entries:
+        cost, left = _as_cost(seen.cost), "never" if seen.left is None else seconds(max(0.0, seen.left))
+        rows.append(Row((seen.function or seen.kind, clean(seen.key.rpartition(":")[2][:12]), seconds(max(0.0, now - seen.born)), left,
+                         size(seen.size_bytes), f"{seen.hits:,}", paid(cost))))
+    heads = ("function", "key", "age", "expires in", "size", "hits", "cost")
+    more = f"and {len(rows) - MANY:,} more" if len(rows) > MANY else ""
+    return Sheet("Entries", "" if rows else "There are none.", (), (Table("Entries", heads, tuple(rows[:MANY]), more),) if rows else ())
 
 
 def of_explanation(

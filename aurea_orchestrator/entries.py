@@ -5,6 +5,7 @@
 # %% ../nbs/54_entries.ipynb #47cfb8a7
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
@@ -37,6 +38,17 @@ class Seen(NamedTuple):
     cost: Any               # What its computation cost
     model: str | None       # Which model answered, where that was noted
     value_type: str         # As in `str`, `numpy.ndarray`, `stream`, `app.Answer`
+
+    def __str__(self) -> str:
+        from aurea_orchestrator.display import of_entry
+        return str(of_entry(self, time.time()))
+
+    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
+        p.text(str(self))
+
+    def _repr_html_(self) -> str:
+        from aurea_orchestrator.display import of_entry
+        return of_entry(self, time.time()).html()
 
 
 def function_of(said: codec.Header) -> str:
@@ -154,6 +166,17 @@ class Listing(list[Seen]):
     "Entries, in the order of their keys' pages."
 
     passed = Passed(0, 0)  # What was not ours to read
+
+    def __repr__(self) -> str:
+        from aurea_orchestrator.display import of_entries
+        return str(of_entries(self, time.time()))
+
+    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
+        p.text(repr(self))
+
+    def _repr_html_(self) -> str:
+        from aurea_orchestrator.display import of_entries
+        return of_entries(self, time.time()).html()
 
 
 def look(

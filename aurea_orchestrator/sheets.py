@@ -110,7 +110,7 @@ class Sheet(NamedTuple):
 
 
 COLOURS = {"hit": "#00916a", "stale": "#b07a00", "near": "#2f8fcc", "shared": "#0a72b5", "miss": "#d1590a", "bypass": "#808080",
-           "error": "#b5528a", "saved": "#00916a", "spent": "#d1590a"}
+           "error": "#b5528a", "saved": "#00916a", "spent": "#d1590a", "past": "#808080", "to come": "#0a72b5"}
 
 
 def clean(thing: object) -> str:

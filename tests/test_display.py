@@ -273,3 +273,18 @@ assert not {"rich", "genai_prices", "numpy", "IPython"} & names()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_entries_and_an_entry_show_themselves():
+    from aurea_orchestrator import Cache, cache_llm_response
+    cache = Cache.from_url("memory://")
+    @cache_llm_response(cache=cache)
+    def ask(prompt): return {"usage": {"prompt_tokens": 3, "completion_tokens": 2}, "text": prompt}
+    for prompt in "abca": ask(prompt)
+    cache.stats()
+    listing = cache.entries()
+    assert len(listing) == 3 and [one.key for one in cache.entries(limit=1)] == [listing[0].key] and "There are none." in str(cache.entries(kind="embedding"))
+    for shown, html in ((str(listing), listing._repr_html_()), (str(listing[0]), listing[0]._repr_html_())):
+        assert "ask" in shown and "ask" in re.sub(r"<wbr>", "", html) and "<table" in html
+    assert sorted(one.hits for one in listing) == [0, 0, 1]
+    assert listing[0].key in str(listing[0]) and "3 in, 2 out" in str(listing[0]) and "past" in listing[0]._repr_html_()

@@ -61,7 +61,7 @@ STRANGERS = {
     "gateway": {"stores.redis", "stores.sqlite"},
 }
 FRIENDS = {"stores.urls": {"codec"}}  # but these may: it builds the memory tier, which keeps only whole entries that are fresh
-HANDS = {"cache": {"cassettes"}, "decorators": {"runs"}}  # what a user holds reaches up to these, inside a function: the work is theirs
+HANDS = {"cache": {"cassettes", "entries"}, "decorators": {"runs"}}  # what users hold reaches up to these, inside a function
 CALLERS = {"main": {"cli"}}      # imported by these alone
 
 
