@@ -68,7 +68,7 @@ class _Cached:
         return self._sheet().html()
 
     def _repr_pretty_(self, p: Any, cycle: bool) -> None:
-        p.text(str(self._sheet()))
+        p.text(str(self._sheet()) if len(p.stack) < 2 else repr(self))  # Inside of something else it is short
 
     def cache_info(self) -> CacheInfo:
         "How the calls in this process ended, and what that saved and cost."

@@ -65,4 +65,4 @@ class CacheInfo(NamedTuple):
         return of_info(self).html()
 
     def _repr_pretty_(self, p: Any, cycle: bool) -> None:
-        p.text(str(self))
+        p.text(str(self) if len(p.stack) < 2 else repr(self))  # Inside of something else it is short
