@@ -27,7 +27,7 @@ from tests.servers import Server
 from tests.service import Service, samples
 from tests.upstream import Upstream, expected
 
-SEED, SECONDS = int(os.environ.get("CHAOS_SEED", "1")), float(os.environ.get("CHAOS_SECONDS", "15"))
+SEED, SECONDS = int(os.environ.get("CHAOS_SEED", "1")), float(os.environ.get("CHAOS_SECONDS", "10"))
 PROMPTS = [f"question {n}" for n in range(400)]
 CUSTOMERS = 16
 MENDING = 2.0  # seconds after the end of a trouble in which it may still be felt
