@@ -12,7 +12,7 @@ from typing import Any
 
 PACKAGES = (
     "aurea-orchestrator", "cashews", "joblib", "diskcache", "redis", "aiocache", "redisvl", "litellm",
-    "fastapi", "uvicorn", "uvloop", "httptools", "numpy", "msgspec",
+    "fastapi", "uvicorn", "uvloop", "httptools", "numpy", "msgspec", "hiredis",
 )  # fmt: skip
 Row = dict[str, Any]
 
