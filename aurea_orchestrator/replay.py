@@ -186,10 +186,11 @@ class _Leading(_Opened):
         "Read to the end."
         try:
             while not self.tape.over:
+                there = len(self.tape.items)  # What comes while these are told has its turn next
                 if self.wished and not self.ended:
                     with suppress(StoreError):
                         yield from self.relay()
-                yield Pull(self.tape, len(self.tape.items))
+                yield Pull(self.tape, there)
         finally:
             yield from self.cache.streams.leave(self.key, self.tape)
 

@@ -298,3 +298,26 @@ def test_a_leader_that_is_killed_is_an_error_or_a_fresh_computation_but_no_silen
     assert time.monotonic() - killed < 4 + 4  # the ttl of a lease, and a busy machine
     if said: assert got[:3] == [0, 1, 2] and isinstance(got[3], StreamLostError) and "gone" in str(got[3]) and not begun
     else: assert got[:3] == ["a", "b", "c"] and begun == [1]
+
+
+def test_what_is_said_while_the_rest_is_told_is_told_next(two, monkeypatch):
+    source = Source(PIECES, pauses=(2, 3, 4))
+    telling, store = threading.Event(), two[0].store
+    relay = type(store).relay
+    def slowly(self, key, run, place, records, ttl):
+        if records and place == 2 and self is store:  # The third piece is being told: now the fourth is said
+            telling.set()
+            source.gates[3].set()
+            until(lambda: len(source.said) == 4)
+            time.sleep(0.05)
+        return (yield from relay(self, key, run, place, records, ttl))
+    monkeypatch.setattr(type(store), "relay", slowly)
+    first = Reader(source.blocking(two[0])("p"))
+    until(lambda: len(first.got) == 2)
+    second = Reader(source.blocking(two[1])("p"))
+    until(lambda: second.got == PIECES[:2])
+    source.gates[2].set()
+    assert telling.wait(20)
+    until(lambda: second.got == PIECES[:4])
+    source.gates[4].set()
+    assert first.done() == second.done() == [*PIECES, END]
