@@ -20,7 +20,7 @@ Where each word lives, from the ground up:
     cache                       the sentence itself
     options, decorators         the sentence around a function
     costs, explain, sheets,
-    display                     what it cost and saved; why a miss; shown in notebooks and terminals
+    display, rich_display       what it cost and saved; why a miss; shown in notebooks and terminals
     readable, entries,
     cassettes                   entries for people: listed, chosen, as text to review in git
     pacing, plans, runs         many calls at once: a pace, retries, a bar; what stopped goes on

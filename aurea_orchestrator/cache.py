@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from . import codec
 from .admission import due
 from .calling import Reader
-from .counts import stats
+from .counts import Stats, stats
 from .effects import Flow, adrive, drive
 from .errors import CodecError, StoreError
 from .events import FREE, HITS, Event, Outcome, Tally
@@ -255,15 +255,13 @@ class Mode:
 class _Handy(Workings):
     "What is done with a whole cache."
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> Stats:
         "Totals of everybody who shares the store; see `counts.stats` for the shape. Shows itself as a table."
-        from aurea_orchestrator.display import Stats
-        return Stats(drive(stats(self.counts)))
+        return drive(stats(self.counts))
 
-    async def astats(self) -> dict[str, Any]:
+    async def astats(self) -> Stats:
         "`stats`, awaited."
-        from aurea_orchestrator.display import Stats
-        return Stats(await adrive(stats(self.counts)))
+        return await adrive(stats(self.counts))
 
     def mode(self, mode: str) -> Mode:
         "Work in another mode: from now on, or inside of a `with` block. For everybody who uses this cache."

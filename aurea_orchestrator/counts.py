@@ -12,19 +12,23 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import codec
 from .effects import Flow, drive
 from .errors import StoreError
 from .events import FREE, HITS, Cost, Outcome, Pair, Row, Tally, counting, hits_and_misses
+from .rich_display import rich_display
 from .stores.base import Store
+
+if TYPE_CHECKING:
+    from aurea_orchestrator.sheets import Sheet
 
 _enter, _leave = counting.acquire, counting.release  # By name: `with` takes twice as long, and every hit would pay for it
 DELIVERY = 0.5  # Seconds until counts are in the store; `/cache/stats` promises one second
 
 # %% auto #0
-__all__ = ['DELIVERY', 'FIELDS', 'SAVED', 'SPENT', 'Counts', 'fold_all', 'kinds', 'stats', 'summary', 'cost_rows']
+__all__ = ['DELIVERY', 'FIELDS', 'SAVED', 'SPENT', 'Counts', 'fold_all', 'Stats', 'kinds', 'stats', 'summary', 'cost_rows']
 
 # %% ../nbs/45_counts.ipynb #178616dd
 FIELDS = ("calls", *Cost._fields)
@@ -174,6 +178,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 # %% ../nbs/45_counts.ipynb #dc3d70dc
+@rich_display
+class Stats(dict[str, Any]):
+    "The numbers of a cache: a dict that shows itself as a table."
+
+    def sheet(self) -> Sheet:
+        "What there is to show of it."
+        from aurea_orchestrator.display import of_stats
+        return of_stats(self)
+
+    def __repr__(self) -> str:
+        return str(self.sheet())
+
+# %% ../nbs/45_counts.ipynb #8b0fc87d
 def kinds(counts: Counts) -> Flow[set[str]]:
     "Every kind that the store has counted, and the two that every store may hold."
     yield from counts.deliver()
@@ -181,7 +198,7 @@ def kinds(counts: Counts) -> Flow[set[str]]:
     return {"llm", "embedding"} | {name.rpartition(":")[0] for name in totals if not name.startswith("@")}
 
 
-def stats(counts: Counts) -> Flow[dict[str, Any]]:
+def stats(counts: Counts) -> Flow[Stats]:
     "Totals of the store: `{kind: {hits, misses}, total: {hits, misses, requests, hit_rate}, outcomes: …, store: …}`."
     store = counts.store
     facts: dict[str, Any] = {"name": store.name, "url": store.url, "up": True}
@@ -191,7 +208,7 @@ def stats(counts: Counts) -> Flow[dict[str, Any]]:
         facts |= yield from store.info()
     except StoreError as error:
         totals, facts = counts.named(), facts | {"up": False, "trouble": str(error)}
-    return {**summary(totals), "store": facts}
+    return Stats(summary(totals), store=facts)
 
 
 def summary(totals: Mapping[str, float]) -> dict[str, Any]:

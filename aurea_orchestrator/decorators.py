@@ -23,6 +23,7 @@ from .keys import check_kind, key_for, make_many
 from .options import CacheInfo, Options
 from .replay import play
 from .request import Request
+from .rich_display import rich_display
 from .steps import clear, forget
 from .streams import END, Source, read
 
@@ -39,6 +40,7 @@ __all__ = ['CachedFunction', 'BoundFunction', 'AsyncCachedFunction', 'CachedGene
            'AsyncCachedEmbedding', 'cache_llm_response', 'cache_embedding', 'cached']
 
 # %% ../nbs/51_decorators.ipynb #4590e5b1
+@rich_display
 class _Cached:
     "What all cached functions have in common."
 
@@ -56,19 +58,16 @@ class _Cached:
     def __repr__(self) -> str:
         return f"<cached {self.kind} function {self.name}>"
 
+    __str__ = __repr__
+
     def __reduce__(self) -> str:
         return str(self.__wrapped__.__qualname__)  # Pickled by name, as functions are
 
-    def _sheet(self) -> Sheet:
+    def sheet(self) -> Sheet:
+        "What there is to show of it."
         from aurea_orchestrator.display import of_function
         ttl: Any = self.options.ttl or self.cache.ttl_of(self.kind)
         return of_function(self.name, self.kind, ttl, self.options.namespace, self.options.version, self.cache_info())
-
-    def _repr_html_(self) -> str:
-        return self._sheet().html()
-
-    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
-        p.text(str(self._sheet()) if len(p.stack) < 2 else repr(self))  # Inside of something else it is short
 
     def cache_info(self) -> CacheInfo:
         "How the calls in this process ended, and what that saved and cost."

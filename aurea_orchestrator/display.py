@@ -17,8 +17,8 @@ MANY = 50  # Entries that are shown of a listing
 ABSENT: Any = object()
 
 # %% auto #0
-__all__ = ['MOST', 'MANY', 'ABSENT', 'outcomes_table', 'paid', 'costs_table', 'Stats', 'of_stats', 'of_info', 'of_function',
-           'preview', 'of_entry', 'life_table', 'of_entries', 'of_explanation']
+__all__ = ['MOST', 'MANY', 'ABSENT', 'outcomes_table', 'paid', 'costs_table', 'of_stats', 'of_info', 'of_function', 'preview',
+           'of_entry', 'life_table', 'of_entries', 'of_explanation']
 
 # %% ../nbs/35_display.ipynb #09bd64ca
 def _as_cost(cost: Any) -> Cost:
@@ -61,26 +61,7 @@ def _sentence(hits: int, misses: int, rate: float | None = None) -> str:
     were = "lookup was" if asked == 1 else "lookups were"
     return f"{hits:,} of {asked:,} {were} answered by the cache ({100 * hits / asked if rate is None else rate:.2f} %)."
 
-# %% ../nbs/35_display.ipynb #e8e0c762
-class Stats(dict[str, Any]):
-    "The numbers of a cache: a dict that reads well."
-
-    def sheet(self) -> Sheet:
-        "What there is to show of it."
-        return of_stats(self)
-
-    def __repr__(self) -> str:
-        return self.sheet().text()
-
-    __str__ = __repr__
-
-    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
-        p.text(repr(self))
-
-    def _repr_html_(self) -> str:
-        return self.sheet().html()
-
-
+# %% ../nbs/35_display.ipynb #8d689316
 def of_stats(stats: Mapping[str, Any]) -> Sheet:
     "What is known of a cache and its store."
     asked = {kind: row for kind, row in stats.items() if isinstance(row, Mapping) and "hits" in row and "misses" in row}

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import asyncio
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Generator
+from operator import methodcaller
 from typing import Any, TypeAlias, TypeVar
 
 # %% auto #0
@@ -73,15 +75,12 @@ class Both(Effect):
         return self.acall()
 
 # %% ../nbs/03_effects.ipynb #ba52cb56
-def drive(
-    flow: Flow[_T],  # A flow that was not started
-) -> _T:             # What it returns
-    "Run a flow in this thread, blocking at its effects."
+async def _run(flow: Flow[_T], perform: Callable[[Effect], Awaitable[Any]]) -> _T:
     try:
         step = flow.send(None)
         while True:
             try:
-                reply = step.do()
+                reply = await perform(step)
             except BaseException as error:
                 step = flow.throw(error)
             else:
@@ -89,21 +88,29 @@ def drive(
     except StopIteration as end:
         value: _T = end.value
         return value
+
+
+@types.coroutine
+def _done(step: Effect) -> Generator[Any, Any, Any]:
+    "An effect, done on the spot."
+    return step.do()
+    yield  # Never: that it is here makes it something to await
+
+
+def drive(
+    flow: Flow[_T],  # A flow that was not started
+) -> _T:             # What it returns
+    "Run a flow in this thread, blocking at its effects."
+    try:
+        _run(flow, _done).send(None)
+    except StopIteration as end:
+        value: _T = end.value
+        return value
+    raise RuntimeError("an effect suspended although it was to be done on the spot")
 
 
 async def adrive(
     flow: Flow[_T],  # A flow that was not started
 ) -> _T:             # What it returns
     "Run a flow on the running loop, awaiting its effects."
-    try:
-        step = flow.send(None)
-        while True:
-            try:
-                reply = await step.ado()
-            except BaseException as error:
-                step = flow.throw(error)
-            else:
-                step = flow.send(reply)
-    except StopIteration as end:
-        value: _T = end.value
-        return value
+    return await _run(flow, methodcaller("ado"))

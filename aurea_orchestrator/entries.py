@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from . import codec, keys
 from .counts import kinds
@@ -16,13 +16,18 @@ from .effects import Flow
 from .errors import CodecError, StoreError
 from .readable import payload_of, type_name
 from .request import Workings
+from .rich_display import rich_display
 from .stores.base import Store
+
+if TYPE_CHECKING:
+    from aurea_orchestrator.sheets import Sheet
 
 # %% auto #0
 __all__ = ['Functions', 'PAGE', 'PAGE_BYTES', 'Seen', 'function_of', 'seen', 'whose', 'page_for', 'Passed', 'shared', 'walk',
            'whole', 'Listing', 'look', 'remove']
 
 # %% ../nbs/54_entries.ipynb #0dfa104d
+@rich_display
 class Seen(NamedTuple):
     "What an entry says about itself."
 
@@ -39,16 +44,10 @@ class Seen(NamedTuple):
     model: str | None       # Which model answered, where that was noted
     value_type: str         # As in `str`, `numpy.ndarray`, `stream`, `app.Answer`
 
-    def __str__(self) -> str:
+    def sheet(self) -> Sheet:
+        "What there is to show of it."
         from aurea_orchestrator.display import of_entry
-        return str(of_entry(self, time.time()))
-
-    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
-        p.text(str(self))
-
-    def _repr_html_(self) -> str:
-        from aurea_orchestrator.display import of_entry
-        return of_entry(self, time.time()).html()
+        return of_entry(self, time.time())
 
 
 def function_of(said: codec.Header) -> str:
@@ -162,21 +161,19 @@ def _readable(key: str, blob: bytes) -> bool:
         return False
 
 # %% ../nbs/54_entries.ipynb #ae9eda9b
+@rich_display
 class Listing(list[Seen]):
     "Entries, in the order of their keys' pages."
 
     passed = Passed(0, 0)  # What was not ours to read
 
+    def sheet(self) -> Sheet:
+        "What there is to show of it."
+        from aurea_orchestrator.display import of_entries
+        return of_entries(self, time.time())
+
     def __repr__(self) -> str:
-        from aurea_orchestrator.display import of_entries
-        return str(of_entries(self, time.time()))
-
-    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
-        p.text(repr(self))
-
-    def _repr_html_(self) -> str:
-        from aurea_orchestrator.display import of_entries
-        return of_entries(self, time.time()).html()
+        return str(self.sheet())
 
 
 def look(

@@ -13,15 +13,17 @@ from .effects import Flow
 from .errors import CodecError, StoreError
 from .events import Cost
 from .facts import Difference, differences, first_difference
-from .sheets import money
+from .sheets import Sheet, money
 from .sheets import seconds as readable_seconds
+from .rich_display import rich_display
 
 MOST = 20_000  # Entries that are compared
 
 # %% auto #0
-__all__ = ['MOST', 'Explanation', 'saving', 'shown', 'ago', 'explain']
+__all__ = ['MOST', 'Explanation', 'saving', 'in_words', 'ago', 'explain']
 
 # %% ../nbs/38_explain.ipynb #7aa98e5c
+@rich_display
 class Explanation(NamedTuple):
     "Why a call would be a hit or a miss."
 
@@ -34,20 +36,12 @@ class Explanation(NamedTuple):
     nearest: str | None = None                # The key of the nearest stored call
     differences: Sequence[Difference] = ()    # Where that one differs
 
-    def _sheet(self) -> Any:
+    def sheet(self) -> Sheet:
+        "What there is to show of it."
         from aurea_orchestrator.display import of_explanation
         known = {"key": self.key, "nearest": self.nearest, "saves": saving(self.saves)}
         facts = {name: what for name, what in known.items() if what}
-        return of_explanation(self.outcome, self.why, [shown(one) for one in self.differences], facts)
-
-    def __str__(self) -> str:
-        return str(self._sheet())
-
-    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
-        p.text(str(self))
-
-    def _repr_html_(self) -> str:
-        return str(self._sheet().html())
+        return of_explanation(self.outcome, self.why, [in_words(one) for one in self.differences], facts)
 
 
 def saving(cost: Cost) -> str:
@@ -57,7 +51,7 @@ def saving(cost: Cost) -> str:
     return ", ".join([readable_seconds(cost.seconds), *more]) if any(cost) else ""
 
 
-def shown(one: Difference) -> tuple[str, str, str]:
+def in_words(one: Difference) -> tuple[str, str, str]:
     "A difference for people: path, now, before."
     if one.before is None:
         return one.path, one.now, "something else (only its digest is stored)"
@@ -164,5 +158,5 @@ def _miss(cache: Any, key: str, name: str, who: str, fields: Mapping[str, Any]) 
 
 def _words(one: Difference) -> str:
     "A difference in a sentence."
-    path, now, before = shown(one)
+    path, now, before = in_words(one)
     return f"`{path}`" if one.before is None or len(now) > 60 else f"`{path}` ({now}, was {before})"

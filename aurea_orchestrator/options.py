@@ -9,11 +9,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import ConfigError
 from .events import Cost
 from .keys import check_namespace
+from .rich_display import rich_display
+
+if TYPE_CHECKING:
+    from aurea_orchestrator.sheets import Sheet
 
 # %% auto #0
 __all__ = ['Options', 'CacheInfo']
@@ -47,6 +51,7 @@ def _seconds(name: str, value: Any, least: float) -> float:
     return float(seconds)
 
 # %% ../nbs/37_options.ipynb #2e9ae34c
+@rich_display
 class CacheInfo(NamedTuple):
     "How the calls of a function in this process ended."
 
@@ -56,13 +61,7 @@ class CacheInfo(NamedTuple):
     saved: Cost = Cost()       # What its hits would have cost
     spent: Cost = Cost()       # What its computations cost
 
-    def __str__(self) -> str:
+    def sheet(self) -> Sheet:
+        "What there is to show of it."
         from aurea_orchestrator.display import of_info
-        return of_info(self).text()
-
-    def _repr_html_(self) -> str:
-        from aurea_orchestrator.display import of_info
-        return of_info(self).html()
-
-    def _repr_pretty_(self, p: Any, cycle: bool) -> None:
-        p.text(str(self) if len(p.stack) < 2 else repr(self))  # Inside of something else it is short
+        return of_info(self)

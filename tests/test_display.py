@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from aurea_orchestrator import display, sheets
 from aurea_orchestrator.costs import Cost
-from aurea_orchestrator.display import Stats
+from aurea_orchestrator.counts import Stats
 from aurea_orchestrator.sheets import Row, Sheet, Table
 
 
@@ -267,7 +267,7 @@ def test_looking_costs_an_import_only_those_who_look():
 import sys, aurea_orchestrator
 names = lambda: {m.split(".")[0] for m in sys.modules} | {m for m in sys.modules if m.startswith("aurea_orchestrator.")}
 assert not {"rich", "genai_prices", "aurea_orchestrator.display", "aurea_orchestrator.sheets"} & names()
-from aurea_orchestrator.display import Stats
+from aurea_orchestrator.counts import Stats
 str(Stats()), Stats()._repr_html_()
 assert not {"rich", "genai_prices", "numpy", "IPython"} & names()
 """
