@@ -356,6 +356,7 @@ def test_retry_after_is_waited(up: Upstream, form: str) -> None:
     assert nap.slept == [7.0]
 
 
+@pytest.mark.timed
 def test_retry_after_that_does_not_fit_is_not_waited_for(up: Upstream) -> None:
     up.fault("429", times=100, retry_after=30)
     start = time.monotonic()
@@ -380,6 +381,7 @@ def test_forms_of_retry_after(headers: dict[str, str], seconds: float | None, mo
         time.tzset()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("act", ["generate", "embed"])
 def test_the_timeout_is_for_the_whole_call(up: Upstream, act: str) -> None:
     up.fault("500", times=2)
@@ -485,6 +487,7 @@ def test_keys_of_others_are_veiled_too() -> None:
     assert veil("key sk-live-12345678 or ab***yz of project p", [], []) == "key [key] or [key] of project p"
 
 
+@pytest.mark.timed
 def test_a_veil_leaves_what_is_useful() -> None:
     said = "The model `gpt-9` does not exist or you do not have access to it."
     assert veil(said, [KEY, "x", ""], ["", "it", "Why?"]) == said
@@ -538,6 +541,7 @@ def test_a_loop_that_goes_on_after_its_end(up: Upstream) -> None:
     loop.close()
 
 
+@pytest.mark.timed
 def test_cancelling_ends_the_waiting_and_leaves_the_backend_well(up: Upstream) -> None:
     up.fault("hang", times=3)
     async def cancel(backend: OpenAIBackend) -> str:

@@ -120,7 +120,7 @@ FACTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(VALUES, FACTS), max_size=4))
 def test_everything_comes_back_exactly(tmp_path_factory, values):
     there, here, folder = Cache.from_url("memory://", clock=Noon(0.0)), Cache.from_url("memory://", clock=Noon(0.0)), tmp_path_factory.mktemp("x")
@@ -397,7 +397,7 @@ def test_the_warning_names_no_data_and_is_one(tmp_path):
 ONE = written(key_of(1), entry(key_of(1), {"label": ["a", 1.5, {"x": (1, b"b")}]}, meta={"name": "app.ask", "model": "m"}))
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, len(ONE.encode()) - 1), st.binary(max_size=2), st.integers(0, 3))
 def test_no_accident_in_a_line_changes_an_answer(at, other, cut):
     line = ONE.encode()
@@ -409,7 +409,7 @@ def test_no_accident_in_a_line_changes_an_answer(at, other, cut):
     assert got == read(line, 5.0)  # Blanks, or the name of the check
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.recursive(
         st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(["AAAA", "os:system", "nan", "0x10", "<f4 C 1"])),

@@ -331,7 +331,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(VALUES)
 def test_a_value_comes_back_equal_and_of_the_same_type(value):
     try:
@@ -832,7 +832,7 @@ def test_rows_of_one_layout_are_one_array_of_its_own():
     assert batch([encode(row, born=0.0) for row in rows], 0.0)[0][2, 3] == 11
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_no_entry(blob):
     with pytest.raises(DamagedEntryError):
@@ -840,7 +840,7 @@ def test_random_bytes_are_no_entry(blob):
     only_damage(blob)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.integers(0, 255), st.binary(max_size=100), st.binary(max_size=20), st.one_of(st.none(), st.integers(0, 2**32 - 1)))
 def test_random_payloads_with_a_right_checksum(form, payload, meta, size):
     only_damage(sealed(form, payload, meta, size))
@@ -880,7 +880,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.integers(0, 60), JUNK)
 def test_well_formed_junk_with_a_right_checksum(form, junk):
     RAN.clear()
@@ -888,7 +888,7 @@ def test_well_formed_junk_with_a_right_checksum(form, junk):
     assert RAN == []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(SAMPLES), st.integers(0, 500), st.integers(0, 255))
 def test_altered_entries_with_a_right_checksum(blob, at, byte):
     body = bytearray(blob[:-4])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aurea_orchestrator import costs
@@ -31,7 +31,6 @@ def objects(thing):
 
 # ---- arithmetic
 
-@settings(deadline=None)
 @given(some_cost, st.integers(1, 300))
 def test_rows_of_a_batch_add_up_to_the_batch(cost, n):
     rows = cost.shared(n)
@@ -45,7 +44,6 @@ def test_rows_of_a_batch_add_up_to_the_batch(cost, n):
     assert total.seconds == pytest.approx(cost.seconds) and total.usd == pytest.approx(cost.usd)
 
 
-@settings(deadline=None)
 @given(some_cost, st.integers(0, 50))
 def test_times_is_plus_again_and_again(cost, n):
     total = Cost()
@@ -66,7 +64,6 @@ def chat(prompt, completion, cached, **more):
                       "prompt_tokens_details": {"cached_tokens": cached}}} | more
 
 
-@settings(deadline=None)
 @given(tokens, tokens, tokens)
 def test_openai_chat_as_dict_and_object_and_json(prompt, completion, cached):
     from openai.types.chat import ChatCompletion
@@ -76,7 +73,6 @@ def test_openai_chat_as_dict_and_object_and_json(prompt, completion, cached):
     assert cost_of(ChatCompletion.model_validate(raw), 1.5) == cost_of(objects(raw), 1.5) == cost_of(json.loads(json.dumps(raw)), 1.5) == want
 
 
-@settings(deadline=None)
 @given(tokens, tokens, tokens)
 def test_openai_responses(prompt, completion, cached):
     from openai.types.responses import Response, ResponseCompletedEvent, ResponseTextDeltaEvent
@@ -115,7 +111,6 @@ def test_a_stream_is_one_answer_and_two_answers_are_two(form):
 
 
 @pytest.mark.parametrize("form", [lambda x: x, objects], ids=["dicts", "objects"])
-@settings(deadline=None)
 @given(fresh=tokens, read=tokens, wrote=tokens, completion=st.integers(2, 10**9))
 def test_anthropic_counts_its_cache_beside_the_prompt(form, fresh, read, wrote, completion):
     usage = {"input_tokens": fresh, "output_tokens": completion, "cache_read_input_tokens": read, "cache_creation_input_tokens": wrote,
@@ -135,7 +130,6 @@ def test_litellm_reports_the_cache_both_ways_and_it_counts_once():
     assert cost_of({"model": "claude-sonnet-4-5", "usage": usage}, 1)[:3] == (1, 1000, 5)
 
 
-@settings(deadline=None)
 @given(tokens, tokens, tokens, tokens)
 def test_google(prompt, answer, thoughts, cached):
     snake = {"usage_metadata": {"prompt_token_count": prompt, "candidates_token_count": answer, "thoughts_token_count": thoughts, "cached_content_token_count": cached}, "model_version": "gemini-2.5-flash"}
@@ -176,7 +170,6 @@ junk = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st
                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["usage", "message", "response", "prompt_tokens", "input_tokens", "output_tokens", "model", "id", "x"]), inner, max_size=5), max_leaves=12)
 
 
-@settings(deadline=None)
 @given(junk)
 def test_any_value_has_a_cost(value):
     for one in (value, objects(value), [value] * 20):

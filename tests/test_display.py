@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aurea_orchestrator import display, sheets
@@ -99,7 +99,6 @@ def test_both_forms_have_every_fact(sheet):
 anything = st.text(max_size=100) | st.sampled_from(["<b>&amp;'\"", "日本語" * 30, "a" * 300, "\x1b[31m", "\u202eevil", "\ud800", "x\ny\tz", "e\u0301" * 99, ""])
 
 
-@settings(deadline=None)
 @given(anything, anything, st.lists(st.tuples(anything, anything), max_size=3), st.lists(st.tuples(anything, anything, anything), max_size=4))
 def test_any_fact_is_escaped_fits_and_stays(title, words, facts, rows):
     bars = [(("hit", 0.5), ("miss", 0.5)), (("saved", 1e-9),), (("error", 1.0),)]

@@ -190,6 +190,7 @@ async def test_leases_by_sentinels(sentinels: Sentinels, opened: Open) -> None:
     await adrive(store.shut())
 
 
+@pytest.mark.timed
 @pytest.mark.redis
 async def test_leases_in_trouble_are_errors_of_ours(own_redis: Server, opened: Open) -> None:
     store = opened(own_redis.url, timeout=0.3)
@@ -301,6 +302,7 @@ def test_the_end_of_a_lease_is_heard_under_the_name_of_its_entry(redis_server: S
     assert notes.told == []                                                         # nothing was given back
 
 
+@pytest.mark.timed
 @pytest.mark.redis
 def test_the_end_of_a_lease_whose_owner_is_gone_is_heard_however_many_keys_the_server_has(redis_server: Server, noted: Noted) -> None:
     store, notes = noted(redis_server.url)
@@ -379,6 +381,7 @@ def test_there_is_a_thread_while_somebody_listens(redis_server: Server, opened: 
     assert not threads() and connections(redis_server) == 0
 
 
+@pytest.mark.timed
 @pytest.mark.redis
 def test_deaf_while_the_server_hangs_and_told_so_before_hearing_again(own_redis: Server, noted: Noted) -> None:
     _, notes = noted(own_redis.url)
@@ -514,6 +517,7 @@ def test_ears_of_a_cluster(cluster: Cluster, noted: Noted) -> None:
     assert [trackers(server) for server in cluster.servers[:3]] == [1, 1, 1]
 
 
+@pytest.mark.timed
 @pytest.mark.redis
 @pytest.mark.slow
 @pytest.mark.parametrize("house", [Sentinels, Cluster])
@@ -535,6 +539,7 @@ def test_ears_after_a_failover(tmp_path: Path, noted: Noted, house: Any) -> None
 
 # ---- behind the guard -------------------------------------------------------------------------------------------------
 
+@pytest.mark.timed
 @pytest.mark.redis
 def test_the_guard_lets_leases_through(own_redis: Server, opened: Open) -> None:
     store = Guarded(inner := opened(own_redis.url, timeout=0.3), probe=0.05)

@@ -18,7 +18,7 @@ from aurea_orchestrator import Cache, cache_llm_response
 from tests.servers import Cluster, Proxy, Sentinels, Server, free_ports, words
 from tests.service import Load, Service, samples
 
-pytestmark = [pytest.mark.redis, pytest.mark.slow]
+pytestmark = [pytest.mark.redis, pytest.mark.slow, pytest.mark.timed]
 
 BUDGET = 0.25   # seconds: CACHE_TIMEOUT, which a trouble may cost once
 BUSY = 4        # how much longer anything may take on a machine that does other things too
@@ -202,8 +202,9 @@ async def test_every_call_is_answered_and_it_is_told_once(house: House, kind: ty
             return [(await load.ask(f"after {kind.__name__} {tries}")).outcome for _ in range(2)] == ["miss", "hit"]
 
         async def ready() -> bool:
-            "Whichever worker is asked."
-            return all([(await house.ready())["status"] == "ready" for _ in range(4 * WORKERS)])
+            "Whichever worker is asked; and each that told of trouble has told of its end."
+            beginnings, ends = state_changes(house.service.log[told:])
+            return len(beginnings) <= len(ends) and all([(await house.ready())["status"] == "ready" for _ in range(4 * WORKERS)])
 
         await eventually(hit, 2 * BUSY)
         back = time.monotonic() - mended

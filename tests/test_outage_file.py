@@ -21,7 +21,7 @@ from aurea_orchestrator.stores.sqlite import SqliteStore
 from tests.service import Load, Service
 from tests.test_outage import ANSWERS, BUDGET, BUSY, WORKERS, right
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
 
 def mount(*how: str) -> None:

@@ -186,6 +186,7 @@ async def test_cluster(cluster: Cluster, opened: Open) -> None:
     await adrive(store.shut())
 
 
+@pytest.mark.timed
 @pytest.mark.redis
 @pytest.mark.slow
 async def test_a_dead_node_of_a_cluster_costs_a_few_timeouts_not_one_for_each_key(tmp_path: Path, opened: Open) -> None:
@@ -532,6 +533,7 @@ async def test_a_server_that_hangs_costs_about_one_timeout(own_redis: Server, op
     await adrive(store.shut())
 
 
+@pytest.mark.timed
 @pytest.mark.redis
 async def test_a_server_that_is_gone_is_an_error_at_once_and_no_matter_when_it_is_back(own_redis: Server, opened: Open) -> None:
     store = opened(own_redis.url, timeout=5)

@@ -319,6 +319,7 @@ class TestDamage:
 
 
 class TestHindered:
+    @pytest.mark.timed
     def test_locked_by_another(self, path: Path, clock: Clock) -> None:
         store = SqliteStore(path, timeout=0.1, clock=clock)
         drive(store.put_many([Item(key(1), b"old", 60)]))

@@ -85,6 +85,7 @@ def test_four_processes_compute_once_although_it_takes_longer_than_a_lease(tmp_p
     assert len((tmp_path / "log").read_text().split()) == 1
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_a_killed_leader_costs_one_more_computation_and_the_ttl_of_a_lease(tmp_path, store_url):
     processes = contenders(tmp_path, store_url, 4, 2.0)

@@ -263,6 +263,7 @@ for item in stream("p"): print(item, flush=True)
 """
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.parametrize("said", [0, 3])
 @pytest.mark.parametrize("awaits", [False, True])

@@ -773,7 +773,7 @@ class Coherence(RuleBasedStateMachine):
 
 
 TestCoherence = Coherence.TestCase
-TestCoherence.settings = hypothesis_settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestCoherence.settings = hypothesis_settings(max_examples=150, stateful_step_count=40)
 
 
 def test_threads() -> None:
