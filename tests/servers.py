@@ -35,7 +35,7 @@ def free_ports(n: int) -> list[int]:
         for s in sockets: s.close()
 
 
-def until(true: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+def until(true: Callable[[], Any], what: str = "something", seconds: float = 20) -> Any:
     "Wait for something, but not for ever."
     end = time.monotonic() + seconds
     while True:
@@ -43,7 +43,7 @@ def until(true: Callable[[], Any], what: str, seconds: float = 20) -> Any:
             if (value := true()): return value
         except (redis.RedisError, OSError): pass
         if time.monotonic() > end: raise TimeoutError(f"waited {seconds} s for {what}")
-        time.sleep(0.02)
+        time.sleep(0.005)
 
 
 class Server:

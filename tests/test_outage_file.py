@@ -19,7 +19,7 @@ from aurea_orchestrator.effects import drive
 from aurea_orchestrator.errors import StoreTimeoutError
 from aurea_orchestrator.stores.sqlite import SqliteStore
 from tests.service import Load, Service
-from tests.test_outage import ANSWERS, BUDGET, BUSY, WORKERS, right
+from tests.test_outage import ANSWERS, BUDGET, BUSY, WORKERS, eventually, right
 
 pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
@@ -55,14 +55,6 @@ async def status(service: Service) -> str:
     async with service.aclient() as client: return str((await client.get("/ready")).json()["status"])
 
 
-async def within(seconds: float, true: Any) -> float:
-    began = time.monotonic()
-    while not await true():
-        assert time.monotonic() - began < seconds, f"not within {seconds} s"
-        await asyncio.sleep(0.05)
-    return time.monotonic() - began
-
-
 async def works(load: Load, name: str, seconds: float = 2 * BUSY) -> float:
     "How long it takes until new answers are stored, and all workers say that they are well."
     tries = 0
@@ -74,8 +66,8 @@ async def works(load: Load, name: str, seconds: float = 2 * BUSY) -> float:
 
     async def ready() -> bool: return {await status(load.service) for _ in range(4 * WORKERS)} == {"ready"}
 
-    took = await within(seconds, hit)
-    await within(seconds, ready)
+    took = await eventually(hit, seconds)
+    await eventually(ready, seconds)
     return took
 
 
@@ -125,7 +117,7 @@ async def test_a_full_disk(tmp_path: Path, way: str, request: pytest.FixtureRequ
                 size = (folder / "cache.db-wal").stat().st_size
                 for pid in pids: psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (size + 10_000, resource.RLIM_INFINITY))
             async def full() -> bool: return await status(service) == "degraded"
-            await within(2 * BUSY, full)
+            await eventually(full, 2 * BUSY)
             await asyncio.sleep(1)
             assert {call.outcome for call in load.between(time.monotonic() - 0.9)} >= {"hit", "miss"}
             if way == "disk": (folder / "ballast").unlink()

@@ -13,6 +13,7 @@ import pytest
 
 from aurea_orchestrator import Cache, cache_llm_response
 from aurea_orchestrator.errors import StreamLostError
+from tests.servers import until
 from tests.service import ROOT
 
 REDIS = pytest.param("redis", marks=pytest.mark.redis)
@@ -32,13 +33,6 @@ def two(url):
     until(lambda: all(cache.leases.hearing() for cache in caches))
     yield caches
     for cache in caches: cache.close()
-
-
-def until(true, seconds=20):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
 
 
 def cached(name, cache, **options):
