@@ -20,7 +20,7 @@ from .errors import CodecError, StoreError
 from .events import FREE, HITS, Event, Outcome, Tally
 from .flight import Aside, Computation, Join, Lead, Stopped
 from .request import Reply, Request, Workings, count, ended, tell
-from .steps import agree, behind, clear, compute, give_back, lookup, made, offline, opened, store, written, usable
+from .steps import agree, behind, clear, compute, give_back, lookup, made, offline, opened, store, supersede, usable, written
 if TYPE_CHECKING:
     from aurea_orchestrator.cassettes import Loaded
     from aurea_orchestrator.config import Settings
@@ -60,15 +60,14 @@ def lead(cache: Workings, request: Request, mine: Computation, known: Mapping[st
         while missing := [key for key in mine.keys if key not in found]:
             there, ours = yield from agree(cache, request, missing, known)
             found |= there
-            try:
-                values, cost = yield from compute(cache, request, ours)
-                found |= (answers := made(cache, request, dict(zip(ours, values)), cost))
-                yield from behind(cache, request, mine, answers)
-            except BaseException:
-                yield from give_back(cache, ours)
-                raise
+            values, cost = yield from compute(cache, request, ours)
+            found |= (answers := made(cache, request, dict(zip(ours, values)), cost))
+            yield from behind(cache, request, mine, answers)
     except BaseException as error:
-        cache.flight.land(mine, error=error)
+        try:
+            yield from give_back(cache, mine.keys)
+        finally:
+            cache.flight.land(mine, error=error)
         raise
     cache.flight.land(mine, found, brief=[key for key, one in found.items() if not one.ttl])
 
@@ -153,7 +152,7 @@ def bypass(cache: Workings, request: Request) -> Flow[list[Reply]]:
         raise
     found = made(cache, request, dict(zip(distinct, values)), cost)
     if cache.enabled:
-        yield from written(cache, distinct)
+        yield from supersede(cache, distinct)
         yield from store(cache, request, found)
     else:
         found = {key: one._replace(blob=None, ttl=0.0, born=0.0) for key, one in found.items()}
@@ -331,6 +330,7 @@ class Cache(_Handy):
         await adrive(self._close())
 
     def _close(self) -> Flow[None]:
+        yield from written(self)
         with suppress(StoreError):
             yield from self.counts.deliver()
         yield from self.store.shut()

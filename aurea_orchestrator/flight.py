@@ -10,9 +10,10 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor, wait
 from contextlib import suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
+from types import TracebackType
 from typing import Any
 
 from .effects import Effect, Flow, adrive, drive
@@ -21,7 +22,7 @@ from .errors import AureaError
 _log = logging.getLogger("aurea_orchestrator")
 
 # %% auto #0
-__all__ = ['GRACE', 'Stopped', 'Computation', 'Flight', 'enter', 'leave', 'Join', 'landed', 'Lead', 'Aside', 'Behind']
+__all__ = ['STRANDED', 'GRACE', 'Stopped', 'Computation', 'Flight', 'enter', 'leave', 'Join', 'landed', 'Lead', 'Aside', 'Behind']
 
 # %% ../nbs/30_flight.ipynb #0db75952
 class Stopped(AureaError):
@@ -31,14 +32,26 @@ class Stopped(AureaError):
 class Computation:
     "Something that is being computed for some keys, and how many wait for it."
 
-    __slots__ = ("keys", "future", "waiting", "task", "writing", "written")
+    __slots__ = ("keys", "future", "trace", "waiting", "task", "writes", "superseded")
 
     def __init__(self, keys: Iterable[str]) -> None:
         self.keys = tuple(keys)
         self.future: Future[Any] = Future()
-        self.written: Future[None] = Future()         # Done when what was written behind is stored
-        self.waiting, self.writing = 0, 0             # Callers that wait for it; writes under way
+        self.trace: TracebackType | None = None       # Of its error, as it was when it landed
+        self.waiting = 0                              # Callers that wait for it
         self.task: asyncio.Task[Any] | None = None    # What computes it, where an async caller leads
+        self.writes: set[Future[None]] = set()        # Those under way; each is done when it has ended
+        self.superseded: set[str] = set()             # Keys that were removed or renewed meanwhile: not to be stored
+
+    def outcome(self) -> Any:
+        "What it came to, once that is there. Each who raises its error begins with the trace that it landed with."
+        if (error := self.future.exception()) is not None:
+            raise error.with_traceback(self.trace)
+        return self.future.result()
+
+    def stranded(self) -> bool:
+        "Whether it will never land, because the loop that computes it was closed."
+        return self.task is not None and not self.future.done() and self.task.get_loop().is_closed()
 
 # %% ../nbs/30_flight.ipynb #91086991
 _leading: ContextVar[tuple[Computation, ...]] = ContextVar("aurea_leading", default=())
@@ -59,6 +72,9 @@ class _Boarding:
         keys: Iterable[str],                            # What somebody wants computed
     ) -> tuple[Computation, dict[str, Computation]]:    # What the caller must lead (perhaps no key), and what to join
         "Share out the keys: to the caller those that nobody computes."
+        keys = tuple(keys)
+        for there in {id(one): one for key in keys if (one := self._running.get(key)) is not None and one.stranded()}.values():
+            self.land(there, error=Stopped())
         with self._lock:
             led = _leading.get()
             theirs = {key: other for key in keys if (other := self._running.get(key)) is not None and other not in led}
@@ -67,6 +83,9 @@ class _Boarding:
                 self._running.setdefault(key, mine)
         return mine, theirs
 
+    def land(self, computation: Computation, result: Any = None, error: BaseException | None = None, brief: Iterable[str] = ()) -> None:
+        raise NotImplementedError
+
     def _remove(self, computation: Computation, keys: Iterable[str]) -> None:
         with self._lock:
             for key in keys:
@@ -74,8 +93,8 @@ class _Boarding:
                     del self._running[key]
 
 # %% ../nbs/30_flight.ipynb #986b4406
-class Flight(_Boarding):
-    "The computations that are running in this process, by key."
+class _Landing(_Boarding):
+    "How they end."
 
     def land(
         self,
@@ -85,28 +104,54 @@ class Flight(_Boarding):
         brief: Iterable[str] = (),             # Keys that nobody can join from now on
     ) -> None:
         "End a computation: all who joined are served."
-        if not computation.future.done():
+        with suppress(InvalidStateError):  # It has landed already
             if error is None:
                 computation.future.set_result(result)
-            else:
+            elif not computation.future.done():
+                computation.trace = error.__traceback__
                 computation.future.set_exception(error if isinstance(error, Exception) else Stopped())
-        over = error is not None or not computation.writing
+        over = error is not None or not computation.writes
         self._remove(computation, computation.keys if over else brief)
 
-    def write(self, computation: Computation, writes: int) -> None:
-        "So many writes have begun, or ended (-1)."
-        with self._lock:
-            computation.writing += writes
-            ended = not computation.writing and computation.future.done()
-        if ended:
-            self._remove(computation, computation.keys)
-            computation.written.set_result(None)
+# %% ../nbs/30_flight.ipynb #58b39266
+class Flight(_Landing):
+    "The computations that are running in this process, by key."
 
-    def unwritten(self, keys: Iterable[str] | None = None) -> list[Future[None]]:
-        "What is to be waited for until the answers for some keys, or all, are stored."
+    def write(self, computation: Computation) -> Future[None]:
+        "A write begins; what is done when it has ended."
         with self._lock:
-            found = {id(one): one for one in (self._running.values() if keys is None else map(self._running.get, keys)) if one is not None}
-        return [one.written for one in found.values() if one.writing and one.future.done()]
+            computation.writes.add(write := Future[None]())
+        return write
+
+    def wrote(self, computation: Computation, write: Future[None]) -> None:
+        "That write has ended."
+        with self._lock:
+            computation.writes.discard(write)
+            over = not computation.writes and computation.future.done()
+        if over:
+            self._remove(computation, computation.keys)
+        with suppress(InvalidStateError):  # It was ended twice
+            write.set_result(None)
+
+    def unwritten(self) -> list[Future[None]]:
+        "The writes that are under way."
+        with self._lock:
+            return [write for one in {id(one): one for one in self._running.values()}.values() for write in one.writes]
+
+    def supersede(self, keys: Iterable[str]) -> list[Future[None]]:
+        "Let nothing that is being computed for these keys be stored, or joined; the writes that have begun, to be waited for."
+        begun = set[Future[None]]()
+        with self._lock:
+            for key in keys:
+                if (one := self._running.pop(key, None)) is not None:
+                    one.superseded.add(key)
+                    begun |= one.writes
+        return list(begun)
+
+    def running(self) -> list[str]:
+        "The keys that are being computed, or written."
+        with self._lock:
+            return list(self._running)
 
 # %% ../nbs/30_flight.ipynb #a969fb6b
 def enter(flight: Flight, computation: Computation) -> None:
@@ -122,9 +167,13 @@ def leave(flight: Flight, computation: Computation, finish: bool) -> None:
         alone = computation.waiting <= 0
     if alone and not finish and not computation.future.done() and (task := computation.task) is not None:
         flight._remove(computation, computation.keys)  # Whoever asks from now on must not join what is being cancelled
-        task.get_loop().call_soon_threadsafe(task.cancel)
+        with suppress(RuntimeError):  # Its loop is closed
+            task.get_loop().call_soon_threadsafe(task.cancel)
 
 # %% ../nbs/30_flight.ipynb #6f9df0ca
+STRANDED = 2.0  # Seconds between two looks at the loop that computes
+
+
 class Join(Effect):
     "Wait for a computation that somebody leads; gives its result or raises its error."
 
@@ -136,19 +185,36 @@ class Join(Effect):
     def do(self) -> Any:
         enter(self.flight, self.computation)
         try:
-            return self.computation.future.result()
+            while not wait([self.computation.future], STRANDED).done:
+                self._look()
         finally:
             leave(self.flight, self.computation, self.finish)
+        return self.computation.outcome()
 
     async def ado(self) -> Any:
         enter(self.flight, self.computation)
         try:
+            task = self.computation.task
+            if task is None or task.get_loop() is not asyncio.get_running_loop():
+                await self._watch()
             await landed(self.computation.future)
         finally:
             leave(self.flight, self.computation, self.finish)
-        return self.computation.future.result()
+        return self.computation.outcome()
 
+    async def _watch(self) -> None:
+        waiter = asyncio.ensure_future(landed(self.computation.future))
+        try:
+            while not (await asyncio.wait([waiter], timeout=STRANDED))[0]:
+                self._look()
+        finally:
+            waiter.cancel()
 
+    def _look(self) -> None:
+        if self.computation.stranded():
+            self.flight.land(self.computation, error=Stopped())
+
+# %% ../nbs/30_flight.ipynb #0bba3ec8
 async def landed(future: Future[Any]) -> None:
     "Return when the future is done, on whichever loop this runs."
     loop = asyncio.get_running_loop()
@@ -181,18 +247,19 @@ class Lead(Join):
             drive(self.flow)
         finally:
             _leading.reset(token)
-        return self.computation.future.result()
+        return self.computation.outcome()
 
     async def ado(self) -> Any:
-        enter(self.flight, self.computation)
+        self._begin()
         try:
-            self.computation.task = task = asyncio.create_task(self._run())
-            task.add_done_callback(self._ended)
             return await super().ado()
         except Stopped:
             raise asyncio.CancelledError from None  # For the leader's own caller it is what it was
-        finally:
-            leave(self.flight, self.computation, self.finish)
+
+    def _begin(self) -> asyncio.Task[None]:
+        self.computation.task = task = asyncio.create_task(self._run())
+        task.add_done_callback(self._ended)
+        return task
 
     async def _run(self) -> None:
         _leading.set((*_leading.get(), self.computation))
@@ -217,7 +284,11 @@ class Aside(Lead):
 
     def do(self) -> None:
         self.computation.future.add_done_callback(_unheard)
-        threading.Thread(target=self._quietly, name="aurea-refresh", daemon=True).start()
+        try:
+            threading.Thread(target=copy_context().run, args=[self._quietly], name="aurea-refresh", daemon=True).start()
+        except RuntimeError as error:  # There is no room for another thread: the old answer stays
+            self.flow.close()
+            self.flight.land(self.computation, error=error)
 
     def _quietly(self) -> None:
         with suppress(Exception):
@@ -225,10 +296,8 @@ class Aside(Lead):
 
     async def ado(self) -> None:
         self.computation.future.add_done_callback(_unheard)
-        self.computation.task = task = asyncio.create_task(self._run())
-        _aside.add(task)
+        _aside.add(task := self._begin())
         task.add_done_callback(_aside.discard)
-        task.add_done_callback(self._ended)
 
 # %% ../nbs/30_flight.ipynb #afb9d4fd
 GRACE = 0.05  # Seconds that a caller waits for a write
@@ -254,29 +323,32 @@ class Behind(Effect):
         self.flight, self.computation, self.begin = flight, computation, begin
 
     def do(self) -> None:
-        self.flight.write(self.computation, 1)
+        write = self.flight.write(self.computation)
         try:
-            wait([_writers.submit(self._run)], GRACE)
-        except RuntimeError:  # The interpreter is ending
-            self._run()
+            wait([_writers.submit(self._run, write)], GRACE)
+        except RuntimeError:  # The interpreter is ending, or there is no room for a thread
+            self._run(write)
 
     async def ado(self) -> None:
-        self.flight.write(self.computation, 1)
-        _aside.add(task := asyncio.create_task(self._arun()))
+        _aside.add(task := asyncio.create_task(self._arun(self.flight.write(self.computation))))
         task.add_done_callback(_aside.discard)
         await asyncio.wait([task], timeout=GRACE)
 
-    def _run(self) -> None:
+    def _run(self, write: Future[None]) -> None:
         try:
             drive(self.begin())
+        except Exception:
+            _log.exception("an answer could not be stored")
         finally:
-            self.flight.write(self.computation, -1)
+            self.flight.wrote(self.computation, write)
 
-    async def _arun(self) -> None:
+    async def _arun(self, write: Future[None]) -> None:
         try:
             await adrive(self.begin())
         except asyncio.CancelledError:  # The loop ends
-            drive(self.begin())
+            self._run(write)
             raise
+        except Exception:
+            _log.exception("an answer could not be stored")
         finally:
-            self.flight.write(self.computation, -1)
+            self.flight.wrote(self.computation, write)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 import time
@@ -18,6 +19,8 @@ from .effects import Effect, Flow, drive
 from .errors import StoreError
 from .flight import landed
 from .stores.base import Ears, Item, Store
+
+_log = logging.getLogger("aurea_orchestrator")
 
 TTL = 4.0       # Seconds until the lease of a killed owner is over; renewed four times as often
 UNHEARD = 0.1   # Seconds between two questions of one who waits and cannot hear
@@ -46,8 +49,21 @@ class _Held:
                 self.owed.pop(key, None)
             begin, self._renewing = bool(self.held) and not self._renewing, self._renewing or bool(self.held)
         if begin:
-            threading.Thread(target=self._renew, name="aurea-leases", daemon=True).start()
+            self._begin()
         return [(blob, ours) for (blob, _), ours in zip(answers, mine)]
+
+    def _begin(self) -> None:
+        try:
+            threading.Thread(target=self._renew, name="aurea-leases", daemon=True).start()
+        except RuntimeError:  # There is no room for another thread: the next lease tries again, and this one lasts for its ttl
+            self._renewing = False
+
+    def _renew(self) -> None:
+        raise NotImplementedError
+
+# %% ../nbs/31_leases.ipynb #320984cd
+class _Kept(_Held):
+    "Given back; and the thread that keeps them alive, and gives back what is owed."
 
     def settle(self, items: Sequence[Item], keys: Iterable[str], token: str = "") -> Flow[None]:
         "Store the items, and give back those of the keys that we hold by this token. Raises `StoreError`."
@@ -66,13 +82,6 @@ class _Held:
             yield from self.store.put_many(items)
 
     def _renew(self) -> None:
-        raise NotImplementedError
-
-# %% ../nbs/31_leases.ipynb #320984cd
-class _Kept(_Held):
-    "The thread that keeps them alive, and gives back what is owed."
-
-    def _renew(self) -> None:
         idle = 0
         while True:
             time.sleep(self.ttl / 4)
@@ -82,7 +91,7 @@ class _Kept(_Held):
                 if idle > 8:
                     self._renewing = False
                     return
-            with suppress(StoreError):
+            try:
                 for token in dict.fromkeys([*now.values(), *owed.values()]):
                     if keys := [key for key in now if now[key] == token]:
                         drive(self.store.renew(keys, token, self.ttl))
@@ -90,6 +99,10 @@ class _Kept(_Held):
                         drive(self.store.settle([], keys, token))
                     for key in keys:
                         self.owed.pop(key, None)
+            except StoreError:  # It is told by whoever asks the store for more than this
+                pass
+            except Exception:
+                _log.exception("leases could not be renewed")
 
 # %% ../nbs/31_leases.ipynb #22195af4
 def wake(future: Future[None]) -> Future[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from math import inf
@@ -28,9 +28,12 @@ from .stores.base import Item
 
 _log = logging.getLogger("aurea_orchestrator")
 
+_REMEMBERED = 2_000  # Entries of which it is known when they end
+
 # %% auto #0
-__all__ = ['lookup', 'look', 'known', 'usable', 'opened', 'compute', 'made', 'store', 'noted', 'worth', 'depth', 'warn_once',
-           'agree', 'fresh', 'behind', 'give_back', 'offline', 'written', 'forget', 'clear', 'made_by']
+__all__ = ['lookup', 'look', 'known', 'usable', 'opened', 'compute', 'places', 'made', 'store', 'noted', 'model_of', 'worth',
+           'depth', 'warn_once', 'agree', 'fresh', 'behind', 'give_back', 'offline', 'written', 'supersede', 'forget',
+           'clear', 'made_by']
 
 # %% ../nbs/48_steps.ipynb #f143140a
 def lookup(
@@ -87,7 +90,8 @@ def compute(cache: Workings, request: Request, missing: Sequence[str]) -> Flow[t
     "The missing values, and the seconds they took."
     if not missing:
         return (), 0.0
-    positions, began = [request.keys.index(key) for key in missing], cache.clock.tick()
+    where, began = places(request), cache.clock.tick()
+    positions = [where[key] for key in missing]
     try:
         values = yield request.compute(positions)
         if len(values) != len(missing):
@@ -98,12 +102,17 @@ def compute(cache: Workings, request: Request, missing: Sequence[str]) -> Flow[t
     tell(cache, "compute", request.kind, began)
     return values, cache.clock.tick() - began
 
+
+def places(request: Request) -> dict[str, int]:
+    "Where each key stands in the request."
+    return {key: place for place, key in enumerate(request.keys)}
+
 # %% ../nbs/48_steps.ipynb #a313b8bc
 def made(cache: Workings, request: Request, values: Mapping[str, Any], seconds: float, said: Any = None) -> dict[str, Reply]:
     "A reply for every value, with its entry where it has a byte form; `said` bears the usage record, if no value does."
     born, metas = cache.clock.now(), noted(cache, request, values)
     said = request.meta.pop("said", said)
-    spent = cost_of(next(iter(values.values()), None) if said is None and len(values) == 1 else said, seconds, request.meta.get("model"))
+    spent = cost_of(next(iter(values.values()), None) if said is None and len(values) == 1 else said, seconds, model_of(request))
     costs = dict(zip(values, spent.shared(len(values))))
     ttl = request.ttl * (1.0 - cache.jitter * cache.chance())
     replies = {key: Reply(key, value, Outcome.MISS, None, born, 0.0, metas[key], costs[key]) for key, value in values.items()}
@@ -116,20 +125,27 @@ def made(cache: Workings, request: Request, values: Mapping[str, Any], seconds: 
     return replies
 
 # %% ../nbs/48_steps.ipynb #85653fb8
-def store(cache: Workings, request: Request, replies: Mapping[str, Reply], token: str = "") -> Flow[None]:
-    "Store what can and should be stored, and give back its leases."
+def store(
+    cache: Workings, request: Request, replies: Mapping[str, Reply], token: str = "", superseded: Container[str] = ()
+) -> Flow[None]:
+    "Store what can and should be stored, and give back the leases of all."
     began = cache.clock.tick()
-    items = [Item(key, one.blob, one.ttl + request.stale) for key, one in replies.items() if one.blob is not None and one.ttl]
-    for item in items:
-        cache.ended_at[item.key] = replies[item.key].born + replies[item.key].ttl
-    while len(cache.ended_at) > 2_000:
-        cache.ended_at.pop(next(iter(cache.ended_at)), None)
+    good = {key: one for key, one in replies.items() if one.blob is not None and one.ttl and key not in superseded}
     try:
-        yield from cache.leases.settle(items, replies, token)
+        yield from cache.leases.settle([Item(key, one.blob or b"", one.ttl + request.stale) for key, one in good.items()], replies, token)
     except StoreError as error:
         tell(cache, "store", request.kind, began, error)
     else:
         tell(cache, "store", request.kind, began)
+        _remember(cache, good)
+
+
+def _remember(cache: Workings, stored: Mapping[str, Reply]) -> None:
+    "When what was stored here is past its ttl, for `explain`."
+    cache.ended_at.update({key: one.born + one.ttl for key, one in stored.items()})
+    with suppress(RuntimeError):  # Another thread does the same
+        while len(cache.ended_at) > _REMEMBERED:
+            cache.ended_at.pop(next(iter(cache.ended_at)), None)
 
 # %% ../nbs/48_steps.ipynb #f0478c64
 def noted(cache: Workings, request: Request, those: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -137,8 +153,14 @@ def noted(cache: Workings, request: Request, those: Iterable[str]) -> dict[str, 
     facts = {name: value for name, value in request.meta.items() if name != "said"} | ({"who": request.who} if request.who else {})
     if request.fields is None or cache.explain == "off":
         return dict.fromkeys(those, facts)
-    places = {key: place for place, key in enumerate(request.keys)}
-    return {key: {**facts, "args": remembered(request.fields(places[key]), cache.explain)} for key in those}
+    where = places(request)
+    return {key: {**facts, "args": remembered(request.fields(where[key]), cache.explain)} for key in those}
+
+
+def model_of(request: Request) -> str | None:
+    "Which model was asked, where the backend or an argument of that name says it."
+    model = request.meta.get("model") or (dict(request.fields(0)).get("model") if request.fields and request.keys else None)
+    return model if isinstance(model, str) else None
 
 
 def worth(request: Request, value: Any) -> bool:
@@ -149,7 +171,7 @@ def worth(request: Request, value: Any) -> bool:
         _log.exception("%s: keep= failed; the answer was returned but not cached", request.name or request.kind)
         return False
 
-
+# %% ../nbs/48_steps.ipynb #52126706
 def depth() -> int:
     "How far up the stack the first frame is that is not of this package: the user's line."
     frame, level = sys._getframe(1), 1
@@ -198,13 +220,17 @@ def fresh(cache: Workings, request: Request, key: str, blob: bytes | None, known
     one = usable(cache, request, key, blob)
     return one if one is not None and one.outcome is Outcome.HIT and one.born > known.get(key, 0.0) else None
 
-
+# %% ../nbs/48_steps.ipynb #64c681e1
 def behind(cache: Workings, request: Request, mine: Computation, answers: dict[str, Reply]) -> Flow[None]:
-    "Store answers, and wait for that a moment at most."
+    "Store answers, unless they are superseded, and wait for that a moment at most."
     if cache.store.instant:
-        yield from store(cache, request, answers)
+        write = cache.flight.write(mine)
+        try:
+            yield from store(cache, request, answers, superseded=mine.superseded)
+        finally:
+            cache.flight.wrote(mine, write)
     elif answers:
-        yield Behind(cache.flight, mine, lambda: store(cache, request, answers))
+        yield Behind(cache.flight, mine, lambda: store(cache, request, answers, superseded=mine.superseded))
 
 
 def give_back(cache: Workings, keys: Sequence[str]) -> Flow[None]:
@@ -222,16 +248,21 @@ def offline(cache: Workings, request: Request, key: str) -> Flow[OfflineMissErro
     return OfflineMissError(f"{request.name or request.kind}: there is no stored answer, and the mode is offline: {why}")
 
 # %% ../nbs/48_steps.ipynb #caf0c764
-def written(cache: Workings, keys: Sequence[str] | None = None) -> Flow[None]:
-    "Wait until what was computed before is stored, so that what is done now comes after it."
-    for future in cache.flight.unwritten(keys):
-        yield Woken(future, 1.0)
+def written(cache: Workings) -> Flow[None]:
+    "Wait until what was computed is stored."
+    for write in cache.flight.unwritten():
+        yield Woken(write, 1.0)
 
+
+def supersede(cache: Workings, those: Iterable[str]) -> Flow[None]:
+    "See to it that what is done now comes after what was, or is being, computed for some keys."
+    for write in cache.flight.supersede(those):
+        yield Woken(write, 1.0)
 
 
 def forget(cache: Workings, those: Sequence[str]) -> Flow[int]:
     "Remove the entries of some keys; how many there were."
-    yield from written(cache, those)
+    yield from supersede(cache, those)
     return (yield from cache.store.delete(those))
 
 # %% ../nbs/48_steps.ipynb #0f511497
@@ -246,9 +277,9 @@ def clear(
         keys.check_namespace(namespace)
     chosen = [keys.check_kind(kind)] if kind is not None else sorted((yield from kinds(cache.counts)))
     removed = 0
-    yield from written(cache)
     for each in chosen:
         cursor: str | None = None
+        yield from supersede(cache, [key for key in cache.flight.running() if key.startswith(keys.prefix(each, namespace))])
         while True:
             page = yield from cache.store.scan(keys.prefix(each, namespace), cursor, _PAGE)
             ours = [key for key in page.keys if keys.is_key(key)]

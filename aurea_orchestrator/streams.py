@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from contextvars import copy_context
+from types import TracebackType
 from typing import Any
 
 from .effects import Both, Effect, Flow, adrive, drive
@@ -51,6 +54,7 @@ class Tape:
         self.items, self.returned, self.over = items or [], returned, open_source is None
         self.freeze, self.thaw = freeze, thaw
         self.error: BaseException | None = None
+        self.trace: TracebackType | None = None  # Of the error, as it was when the stream ended
         self.readers = 0
         self._open: Any = open_source
         self._source: Any = None
@@ -71,7 +75,7 @@ def read(
     if place < len(tape.items):
         return tape.thaw(tape.items[place])
     if tape.error is not None:
-        raise tape.error
+        raise tape.error.with_traceback(tape.trace)
     return END
 
 # %% ../nbs/32_streams.ipynb #6e155b0a
@@ -124,8 +128,11 @@ def _pull(tape: Tape) -> None:
     except StopIteration as end:
         tape.returned = end.value
         drive(_ended(tape))
-    except BaseException as error:
+    except Exception as error:
         drive(_ended(tape, error))
+    except BaseException:  # This reader is interrupted, and the source with it; the others are told
+        drive(_ended(tape, Stopped("the stream was stopped before its end")))
+        raise
 
 
 async def _pump(tape: Tape) -> None:
@@ -144,9 +151,11 @@ async def _pump(tape: Tape) -> None:
     except Exception as its:
         error = its
     finally:
-        if (aclose := getattr(tape._source, "aclose", None)) is not None:
-            await aclose()
-        await adrive(_ended(tape, error))
+        try:
+            if (aclose := getattr(tape._source, "aclose", None)) is not None:
+                await aclose()
+        finally:
+            await adrive(_ended(tape, error))
 
 # %% ../nbs/32_streams.ipynb #2a94c599
 def say(tape: Tape, item: Any) -> None:
@@ -164,6 +173,7 @@ def stop(tape: Tape, error: BaseException | None = None) -> None:
         if tape.over:
             return
         tape.over, tape.error, turn = True, error, tape._turn
+        tape.trace = error.__traceback__ if error is not None else None
     turn.set_result(None)
 
 
@@ -253,7 +263,8 @@ class Apart(Effect):
         self.when, self.begin = when, begin
 
     def do(self) -> None:
-        self.when.add_done_callback(lambda _: threading.Thread(target=self._run, name="aurea-apart", daemon=True).start())
+        run = functools.partial(copy_context().run, self._run)
+        self.when.add_done_callback(lambda _: threading.Thread(target=run, name="aurea-apart", daemon=True).start())
 
     async def ado(self) -> None:
         loop = asyncio.get_running_loop()
