@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, ByteSize, Field, SecretStr, TypeAdapter, ValidationError, field_validator
+from pydantic import AliasChoices, ByteSize, Field, SecretStr, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ConfigError
@@ -43,6 +43,13 @@ class _Where(BaseSettings):
     cache_embedding_ttl: _Positive = Field(86400, description="Seconds that an embedding is kept.")
     cache_memory: ByteSize = Field(ByteSize(64_000_000), description="Size of the memory tier in each process; `0` switches it off.")
     cache_timeout: _Positive = Field(0.25, description="Seconds that a cache operation may delay a call.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nobody_set_it(cls, given: dict[str, Any]) -> dict[str, Any]:
+        "Without the `REDIS_PORT` that Kubernetes makes up."
+        made_up = str(given.get("redis_port")).startswith("tcp://")
+        return {name: value for name, value in given.items() if name != "redis_port"} if made_up else given
 
 # %% ../nbs/01_config.ipynb #1a5a1088
 def _or(name: str, other: str) -> Any:
@@ -81,9 +88,12 @@ class _How(BaseSettings):
 
     @field_validator("api_key")
     @classmethod
-    def _no_empty_key(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not any(part.strip() for part in value.get_secret_value().split(",")):
+    def _keys_that_open(cls, value: SecretStr | None) -> SecretStr | None:
+        keys = [] if value is None else [part.strip() for part in value.get_secret_value().split(",")]
+        if value is not None and not any(keys):
             raise ValueError("holds no key; unset it to leave /cache/* open")
+        if not all(key.isascii() and key.isprintable() for key in keys):
+            raise ValueError("holds a character that clients cannot send in a header; use visible ASCII only")
         return value
 
 # %% ../nbs/01_config.ipynb #d6a1ff2f

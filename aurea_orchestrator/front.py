@@ -9,14 +9,16 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import Request, Response
-from fastapi.exceptions import HTTPException
-from fastapi.responses import JSONResponse
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .routes import House
 
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})  # RFC 9110, RFC 5789
+
 # %% auto #0
-__all__ = ['Front', 'respond']
+__all__ = ['Front', 'handled']
 
 # %% ../nbs/74_front.ipynb #c44c914f
 class _Watched:
@@ -54,19 +56,26 @@ class Front:
         try:
             if endpoint is None:
                 await self.app(scope, receive, watched)
-                path = getattr(scope.get("route"), "path", "other")
             else:
-                response = await respond(endpoint, Request(scope, receive))
-                watched.status = response.status_code
-                await response(scope, receive, send)
+                try:
+                    response = await endpoint(Request(scope, receive))
+                except Exception as error:
+                    await handled(error, scope, receive, watched)
+                else:
+                    watched.status = response.status_code
+                    await response(scope, receive, send)
+        except ClientDisconnect:
+            watched.status = 499
         finally:
             if (house := self.house()) is not None:
+                if endpoint is None:
+                    method, path = method if method in _METHODS else "other", getattr(scope.get("route"), "path", "other")
                 house.metrics.answered(method, path, watched.status, None if watched.stream else time.perf_counter() - began)
 
-
-async def respond(endpoint: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
-    "What an endpoint answers; what it refuses is told as FastAPI tells it."
-    try:
-        return await endpoint(request)
-    except HTTPException as error:
-        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+# %% ../nbs/74_front.ipynb #a46f3763
+async def handled(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    "Reply as the app's exception handlers say; raise the error if there is none for it."
+    async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+        raise error
+    handlers = {what: handler for what, handler in scope["app"].exception_handlers.items() if what not in (500, Exception)}
+    await ExceptionMiddleware(fails, handlers)(scope, receive, send)

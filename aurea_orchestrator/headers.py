@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil, inf
 
+from .errors import AureaError, BackendRefusedError, BackendTimeoutError, OfflineMissError
 from .events import HITS, Outcome
 from .request import Reply
 
@@ -16,7 +17,7 @@ _LEAST = (Outcome.BYPASS, Outcome.MISS, Outcome.SHARED, Outcome.STALE)
 _COMPUTED = frozenset({Outcome.BYPASS, Outcome.MISS})
 
 # %% auto #0
-__all__ = ['cache_headers']
+__all__ = ['cache_headers', 'failure']
 
 # %% ../nbs/66_headers.ipynb #86fe8e46
 def cache_headers(
@@ -39,3 +40,18 @@ def cache_headers(
     if not counts:
         said += f'; key="{one.key}"'
     return {"x-cache": str(outcome), "age": str(max(0, int(now - one.born)) if one.born else 0), "cache-status": said, **counts}
+
+# %% ../nbs/66_headers.ipynb #aa212b4f
+def failure(error: AureaError) -> tuple[int, str, dict[str, str]]:
+    "The HTTP status of a failed computation, its detail, and its headers."
+    headers = {"X-Cache": Outcome.ERROR.value, "Cache-Status": "aurea; fwd=miss"}
+    if isinstance(error, OfflineMissError):
+        return 504, str(error).partition(" offline: ")[0] + " offline", {**headers, "Cache-Status": "aurea; detail=offline"}
+    if isinstance(error, BackendTimeoutError):
+        return 504, f"upstream timeout: {error}", headers
+    if isinstance(error, BackendRefusedError) and error.status == 429:
+        wait = {} if error.retry_after is None else {"Retry-After": str(max(0, ceil(error.retry_after)))}
+        return 429, f"upstream is out of capacity: {error}", {**headers, **wait}
+    if isinstance(error, BackendRefusedError) and error.status in (400, 413, 422):
+        return error.status, f"upstream refused the request: {error}", headers
+    return 502, f"upstream failed: {error}", headers

@@ -138,6 +138,8 @@ class _Named(_Rows):
             self._open()
             return self.row(name, size)
         sizes, rest = written(name, size)
+        if len(sizes + rest) > _BLOCK:
+            return self.row(tuple(text[:200] for text in name), size)
         if self._end + len(sizes + rest) > _BLOCK:
             self._grow()
         block, at = self._blocks[-1], self._end + len(sizes)

@@ -42,7 +42,7 @@ def backends_of(
     "The backends that the settings describe. Raises `ConfigError`."
     def choose(function: str | None, base_url: str | None, api_key: Any, model: str | None) -> Backend:
         if function:
-            return FunctionBackend(function, default_model=model)
+            return FunctionBackend(function, default_model=model, timeout=settings.llm_timeout)
         if base_url or api_key:
             secret = api_key.get_secret_value() if api_key else None
             return OpenAIBackend(base_url or _OPENAI, api_key=secret, default_model=model, timeout=settings.llm_timeout)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import stat
 import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from .events import HITS, STEPS, Cost, Event, Outcome
 from .ledger import Ledger, Name
 
 # %% auto #0
-__all__ = ['METRICS', 'KINDS', 'BUCKETS', 'server_folder', 'sweep_servers', 'open_ledger', 'Metrics']
+__all__ = ['METRICS', 'KINDS', 'BUCKETS', 'server_folder', 'own', 'sweep_servers', 'open_ledger', 'Metrics']
 
 # %% ../nbs/70_metrics.ipynb #6d79d622
 METRICS = {
@@ -78,16 +79,26 @@ def _home() -> Path:
     "Where the folders of all servers of this user are."
     return Path(tempfile.gettempdir()) / f"aurea-metrics-{psutil.Process().username().replace(os.sep, '-')}"
 
+# %% ../nbs/70_metrics.ipynb #d93e5301
+def own(folder: Path) -> None:
+    "Make a folder for us alone, if it is not there. Raises `OSError` if something else is."
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    ours = not hasattr(os, "getuid") or found.st_uid == os.getuid()
+    if not (stat.S_ISDIR(found.st_mode) and ours) or (os.name == "posix" and found.st_mode & 0o022):
+        raise PermissionError(f"{folder} is not a folder of this user's alone; remove it")
+
 
 def sweep_servers() -> None:
     "Remove the folders of servers that are gone."
-    for folder in _home().glob("*-*"):
+    own(home := _home())
+    for folder in home.glob("*-*"):
         with suppress(OSError, ValueError):
             pid, _, started = folder.name.partition("-")
             with suppress(psutil.Error):
-                if f"{psutil.Process(int(pid)).create_time():.2f}" == started:
+                if folder.is_symlink() or f"{psutil.Process(int(pid)).create_time():.2f}" == started:
                     continue
-            for file in folder.iterdir():
+            for file in (*folder.glob("*.ledger"), *folder.glob("*.lock")):
                 file.unlink()
             folder.rmdir()
 
@@ -95,9 +106,11 @@ def sweep_servers() -> None:
 def open_ledger(folder: Path | None) -> Ledger:
     "The numbers of this worker; for itself, and told so, if the folder cannot be used."
     try:
-        if folder is not None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder is not None and folder.parent == _home():
             sweep_servers()
+            own(folder)
+        elif folder is not None:  # A person has named it
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         ledger = Ledger(folder)
         with ledger.lock:
             ledger.row(("cache_hits_total", KINDS[0]))

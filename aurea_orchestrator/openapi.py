@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .backends.base import MOST_TEXTS
+
 # %% auto #0
 __all__ = ['described', 'answers']
 
@@ -14,7 +16,8 @@ __all__ = ['described', 'answers']
 def described(name: str, sentence: str, example: dict[str, Any], many: bool = False) -> dict[str, Any]:
     "The OpenAPI of an endpoint that takes its parameters from the query or a JSON body."
     text: dict[str, Any] = {"type": "string", "description": sentence}
-    either = {"oneOf": [text, {"type": "array", "items": {"type": "string"}}]} if many else text
+    texts = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_TEXTS}
+    either = {"oneOf": [text, texts]} if many else text
     rest = {
         "model": {"type": "string", "default": "default", "description": "Which model; `default` is the configured one."},
         "bypass_cache": {"type": "boolean", "default": False, "description": "Skip the lookup, compute, and store the new answer."},
@@ -30,6 +33,6 @@ def described(name: str, sentence: str, example: dict[str, Any], many: bool = Fa
 def answers(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     "What an endpoint replies, by status."
     said = {400: "Not JSON.", 413: "Body too large.", 415: "Not JSON.", 422: "A parameter is missing or wrong."}
-    said |= {429: "Upstream is busy.", 502: "Upstream failed.", 504: "Upstream was too slow."}
+    said |= {429: "Upstream is busy.", 502: "Upstream failed.", 504: "Upstream was too slow; or offline, and nothing is stored."}
     ok = {"description": "The answer. The outcome is in the header `X-Cache`.", "content": {"application/json": {"example": example}}}
     return {200: ok, **{status: {"description": sentence} for status, sentence in said.items()}}

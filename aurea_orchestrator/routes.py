@@ -18,21 +18,21 @@ from fastapi.security import APIKeyHeader
 from . import keys
 from .asked import Asked, Recent
 from .auth import allowed
-from .backends.base import Backend
+from .backends.base import MOST_TEXTS, Backend
 from .cache import Cache, answer
 from .effects import Effect, adrive
-from .errors import BackendError, BackendRefusedError, BackendTimeoutError, ConfigError, StoreError, UnkeyableError
+from .errors import BackendError, ConfigError, OfflineMissError, StoreError, UnkeyableError
 from .events import Outcome, Tally
 from .forms import canonical
-from .headers import cache_headers
+from .headers import cache_headers, failure
 from .metrics import Metrics
 from .openapi import answers, described
 from .request import Reply, Request as CacheRequest, tell
 
 # %% auto #0
 __all__ = ['Authorized', 'ASK', 'LOOK', 'CACHE', 'House', 'open_house', 'BadRequest', 'has_body', 'read_body', 'parameters',
-           'read_json', 'take_text', 'take_texts', 'take_flag', 'Ask', 'keys_of', 'Prompt', 'Texts', 'Ready', 'failure',
-           'respond', 'authorized', 'llm_generate', 'embedding_generate', 'root', 'health', 'ready', 'metrics',
+           'read_json', 'take_text', 'take_texts', 'take_rest', 'take_flag', 'Ask', 'keys_of', 'Prompt', 'Texts',
+           'Ready', 'respond', 'authorized', 'llm_generate', 'embedding_generate', 'root', 'health', 'ready', 'metrics',
            'cache_stats', 'cache_clear']
 
 # %% ../nbs/72_routes.ipynb #1ed695e0
@@ -120,8 +120,7 @@ def read_json(body: bytes, content_type: str) -> dict[str, Any]:
 # %% ../nbs/72_routes.ipynb #d1dd6f93
 def take_text(given: dict[str, Any], name: str, default: str | None = None) -> str:
     "A text parameter; required and not empty unless there is a default."
-    value = given.pop(name, default)
-    if value is None:
+    if (value := given.pop(name, None)) is None and (value := default) is None:
         raise BadRequest(422, f"{name!r} is missing; send it as a query parameter or in a JSON body")
     if not isinstance(value, str):
         raise BadRequest(422, f"{name!r} must be a string, not {type(value).__name__}")
@@ -138,12 +137,21 @@ def take_texts(given: dict[str, Any], name: str) -> tuple[list[str], bool]:
     del given[name]
     if not value:
         raise BadRequest(422, f"{name!r} is an empty list; send at least one text")
+    if len(value) > MOST_TEXTS:
+        raise BadRequest(422, f"{name!r} is a list of {len(value)} texts; send at most {MOST_TEXTS} in one request")
     return [take_text({f"{name}[{place}]": text}, f"{name}[{place}]") for place, text in enumerate(value)], True
+
+
+def take_rest(given: dict[str, Any]) -> dict[str, Any]:
+    "All other parameters, for the backend to judge; but none can have the name of what a backend is handed anyway."
+    for name in given.keys() & {"self", "prompt", "texts"}:
+        raise BadRequest(422, f"{name!r} cannot be a parameter; leave it out")
+    return given
 
 
 def take_flag(given: dict[str, Any], name: str) -> bool:
     "A flag that is off unless given."
-    value = given.pop(name, False)
+    value = given.pop(name, None) or False
     flag = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False, "": False}
     if isinstance(value, bool) or (isinstance(value, str) and value.lower() in flag):
         return value if isinstance(value, bool) else flag[value.lower()]
@@ -179,10 +187,10 @@ class Prompt:
     def __init__(self, house: House, given: dict[str, Any]) -> None:
         self.backend, self.fresh = house.llm, take_flag(given, "bypass_cache")
         self.prompt, self.context = take_text(given, "prompt"), take_text(given, "context", "")
-        self.model, self.params = self.backend.resolve(take_text(given, "model", "default") or None), given
-        self.each = [{"prompt": self.prompt, "context": self.context, "model": self.model, "params": given}]
-        if given.get("stream"):
+        self.model, self.params = self.backend.resolve(take_text(given, "model", "default") or None), take_rest(given)
+        if take_flag(given, "stream"):
             raise BadRequest(422, "'stream' is not spoken here; leave it out")
+        self.each = [{"prompt": self.prompt, "context": self.context, "model": self.model, "params": given}]
         self.asked = Asked(keys_of(self.kind, self.backend, self.each), self.model, fresh=self.fresh)
 
     async def answers(self, places: Sequence[int], meta: dict[str, Any]) -> list[bytes]:
@@ -207,7 +215,7 @@ class Texts:
     def __init__(self, house: House, given: dict[str, Any]) -> None:
         self.backend, self.fresh = house.embedding, take_flag(given, "bypass_cache")
         self.texts, self.several = take_texts(given, "text")
-        self.model, self.params = self.backend.resolve(take_text(given, "model", "default") or None), given
+        self.model, self.params = self.backend.resolve(take_text(given, "model", "default") or None), take_rest(given)
         self.each = [{"text": text, "model": self.model, "params": given} for text in self.texts]
         self.asked = Asked(keys_of(self.kind, self.backend, self.each), self.model, self.several, self.fresh)
 
@@ -232,19 +240,6 @@ class Ready(Response):
         self.status_code, self.background, self.body = 200, None, body
         self.raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
         self.raw_headers += (b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")
-
-# %% ../nbs/72_routes.ipynb #b67b606a
-def failure(error: BackendError) -> HTTPException:
-    "The HTTP reply to a failed computation."
-    headers = {"X-Cache": Outcome.ERROR.value, "Cache-Status": "aurea; fwd=miss"}
-    if isinstance(error, BackendTimeoutError):
-        return HTTPException(504, f"upstream timeout: {error}", headers)
-    if isinstance(error, BackendRefusedError) and error.status == 429:
-        wait = {} if error.retry_after is None else {"Retry-After": str(max(0, round(error.retry_after)))}
-        return HTTPException(429, f"upstream is out of capacity: {error}", {**headers, **wait})
-    if isinstance(error, BackendRefusedError) and error.status in (400, 413, 422):
-        return HTTPException(error.status, f"upstream refused the request: {error}", headers)
-    return HTTPException(502, f"upstream failed: {error}", headers)
 
 # %% ../nbs/72_routes.ipynb #42d4e56f
 async def respond(request: Request, ask: type[Prompt] | type[Texts]) -> Response:
@@ -276,8 +271,8 @@ async def respond(request: Request, ask: type[Prompt] | type[Texts]) -> Response
     )  # fmt: skip
     try:
         replies = await answer(cache, call)
-    except BackendError as error:
-        raise failure(error) from None
+    except (BackendError, OfflineMissError) as error:
+        raise HTTPException(*failure(error)) from None
     began = cache.clock.tick()
     response = Ready(ask.body(house, asked, replies), cache_headers(replies, cache.clock.now(), cache.enabled))
     tell(cache, "reply", kind, began)
@@ -316,7 +311,7 @@ async def llm_generate(request: Request) -> Response:
     responses=answers({"embedding": [0.1, -0.2, 0.3], "model": "text-embedding-3-small", "backend": "openai", "dimensions": 3}),
 )  # fmt: skip
 async def embedding_generate(request: Request) -> Response:
-    "Only texts that were not embedded before are sent upstream, in one call."
+    "Only texts that were not embedded before are sent upstream, in one call; a list has at most 2048."
     return await respond(request, Texts)
 
 # %% ../nbs/72_routes.ipynb #4f6a6944

@@ -3,14 +3,19 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 
 import httpx2
 import pytest
 from fastapi import FastAPI
+from fastapi.exceptions import HTTPException
+from fastapi.responses import JSONResponse
 
 from aurea_orchestrator import Cache, routes
 from aurea_orchestrator.asked import Asked, Recent
 from aurea_orchestrator.config import Settings
+from aurea_orchestrator.errors import ConfigError
+from aurea_orchestrator.front import Front
 from aurea_orchestrator.main import create_app
 from tests.upstream import Upstream, expected, vector
 
@@ -114,6 +119,11 @@ async def test_embeddings(make, upstream):
     ("/embedding/generate", {"json": {"text": []}}, 422, "empty list"),
     ("/embedding/generate", {"json": {"text": ["a", ""]}}, 422, "text[1]"),
     ("/embedding/generate", {"json": {"text": {"a": 1}}}, 422, "must be a string"),
+    ("/embedding/generate", {"json": {"text": ["a"] * 2049}}, 422, "at most 2048"),
+    ("/embedding/generate", {"json": {"text": "a", "texts": ["b"]}}, 422, "'texts' cannot be a parameter"),
+    ("/embedding/generate", {"json": {"text": "a", "self": 1}}, 422, "'self' cannot be a parameter"),
+    ("/llm/generate", {"json": {"prompt": "a", "self": 1}}, 422, "'self' cannot be a parameter"),
+    ("/llm/generate", {"json": {"prompt": None}}, 422, "'prompt' is missing"),
     ("/cache/clear", {"params": {"kind": "No Kind"}}, 422, "kind"),
     ("/cache/clear", {"params": {"namespace": "a:b"}}, 422, "namespace"),
     ("/cache/clear", {"params": {"knid": "llm"}}, 422, "knid"),
@@ -142,6 +152,47 @@ async def test_an_upstream_failure_has_its_status_and_is_never_stored(make, upst
     assert good.status_code == 200 and good.headers["x-cache"] == "miss" and good.json()["response"] == expected("p")
     stats = (await client.get("/cache/stats")).json()
     assert stats["llm"] == {"hits": 0, "misses": 2} and stats["outcomes"]["llm"]["error"] == 1
+
+
+async def test_a_list_may_have_2048_texts(make):
+    client = make()
+    many = await client.post("/embedding/generate", json={"text": ["a"] * 2047 + ["b"], "dimensions": 1})
+    assert many.status_code == 200 and len(many.json()["embedding"]) == 2048
+    schema = (await client.get("/openapi.json")).json()["paths"]["/embedding/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert schema["properties"]["text"]["oneOf"][1]["maxItems"] == 2048
+
+
+async def test_null_is_as_if_it_were_left_out(make, upstream):
+    client = make(**base(upstream))
+    assert (await client.post("/llm/generate", json={"prompt": "p"})).headers["x-cache"] == "miss"
+    for name in ("context", "model", "bypass_cache", "stream"):
+        reply = await client.post("/llm/generate", json={"prompt": "p", name: None})
+        assert (reply.status_code, reply.headers["x-cache"]) == (200, "hit"), reply.text
+    assert (await client.post("/embedding/generate", json={"text": "a", "model": None})).status_code == 200
+
+
+@pytest.mark.parametrize("asked, told", [("0.4", "1"), ("90.5", "91"), ("90", "90"), ("0", "0")])
+async def test_retry_after_is_never_less_than_was_asked_for(make, function, asked, told):
+    client = make(llm_backend=function(f"from aurea_orchestrator.errors import BackendRefusedError\nasync def ask(prompt): raise BackendRefusedError('slow down', 429, {asked})\n"))
+    reply = await client.post("/llm/generate", json={"prompt": "p"})
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, told)
+
+
+async def test_offline_what_is_not_stored_is_504(make):
+    cache, private = Cache.from_url("memory://", explain="text"), "the treasure is under the old oak"
+    app = create_app(Settings(_env_file=None, host="127.0.0.1"), cache)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://aurea") as client:
+        await client.post("/llm/generate", json={"prompt": private})
+        cache.mode("offline")
+        assert (await client.post("/llm/generate", json={"prompt": private})).headers["x-cache"] == "hit"
+        for body in ({"prompt": "q"}, {"prompt": private, "bypass_cache": True}):
+            miss = await client.post("/llm/generate", json=body)
+            assert miss.status_code == 504 and miss.headers["x-cache"] == "error" and "fwd" not in miss.headers["cache-status"]
+            assert miss.json()["detail"].endswith("there is no stored answer, and the mode is offline") and "oak" not in miss.text
+        stats = (await client.get("/cache/stats")).json()
+        assert stats["llm"] == {"hits": 1, "misses": 1} and stats["outcomes"]["llm"]["error"] == 2
+        assert 'status="504"} 2.0' in (await client.get("/metrics")).text
+    await app.state.shut()
 
 
 async def test_429_keeps_its_retry_after_and_silence_is_504(make, upstream):
@@ -241,11 +292,12 @@ async def test_openapi_has_examples(make):
 async def test_secrets_are_nowhere(make, upstream, caplog):
     caplog.set_level(logging.DEBUG)
     client = make(**base(upstream), api_key="door-key", debug=True)
-    fault(upstream, kind="500", times=1, message="your key {key} and body {body}")
-    await client.post("/llm/generate", json={"prompt": "a very private prompt"})
-    await client.post("/llm/generate", json={"prompt": "a very private prompt", "context": "private context"})
+    fault(upstream, kind="500", times=50, message="your key {key} and body {body}")
+    failed = [await client.post("/llm/generate", json={"prompt": "a very private prompt", **more}) for more in ({}, {"context": "private context"})]
+    failed += [await client.post("/embedding/generate", json={"text": text}) for text in ("a very private text", ["a private text", "another private text"])]
+    assert all(reply.status_code == 502 and "Bearer [key]" in reply.text and "[prompt]" in reply.text for reply in failed), [reply.text for reply in failed]
     await client.get("/cache/stats", headers={"x-api-key": "door-key"})
-    seen = caplog.text + (await client.get("/metrics")).text + (await client.get("/ready")).text
+    seen = caplog.text + "".join(reply.text + str(reply.headers) for reply in failed) + (await client.get("/metrics")).text + (await client.get("/ready")).text
     for secret in ("sk-very-secret", "door-key", "private"): assert secret not in seen
 
 
@@ -258,6 +310,44 @@ async def test_a_user_function_answers(make, tmp_path, monkeypatch):
     refused = await client.post("/llm/generate", json={"prompt": "hi", "temperature": 1})
     assert refused.status_code == 400 and "temperature" in refused.json()["detail"]
     assert (await client.post("/embedding/generate", json={"text": ["a", "bb"]})).json()["embedding"] == [[1.0, 0.5], [2.0, 0.5]]
+
+
+@pytest.fixture
+def function(tmp_path, monkeypatch):
+    "Make a function of a user, by name."
+    monkeypatch.syspath_prepend(tmp_path)
+    def function(code):
+        name = f"mine_{abs(hash(code))}"
+        (tmp_path / f"{name}.py").write_text(code)
+        return f"{name}:ask"
+    return function
+
+
+@pytest.mark.parametrize("reply", ["{'response': 'x', 'raw': object()}", "{'response': 'x', 'usage': object()}", "{'response': 'x', 'finish_reason': ['a']}", "{'response': 'x', 'said': 'cut \\ud83d'}"])
+async def test_what_a_function_returns_that_is_no_answer_is_502(make, function, reply):
+    bad = await make(llm_backend=function(f"def ask(prompt): return {reply}\n")).post("/llm/generate", json={"prompt": "p"})
+    assert bad.status_code == 502 and "returned an answer that cannot be sent as JSON" in bad.json()["detail"] and bad.headers["x-cache"] == "error"
+
+
+async def test_half_a_character_is_replied_as_one_that_cannot_be_shown(make, function):
+    client = make(llm_backend=function("def ask(prompt): return 'cut \\ud83d'\n"))
+    assert [(reply.json()["response"], reply.headers["x-cache"]) for reply in [await client.post("/llm/generate", json={"prompt": "p"}) for _ in "ab"]] == [("cut \ufffd", "miss"), ("cut \ufffd", "hit")]
+
+
+async def test_a_function_s_exception_tells_neither_prompt_nor_key(make, function, caplog):
+    caplog.set_level(logging.DEBUG)
+    client = make(llm_backend=function("def ask(prompt): raise LookupError('Incorrect API key provided: sk-proj-abcdef1234567890; prompt was: ' + prompt)\n"), debug=True)
+    bad = await client.post("/llm/generate", json={"prompt": "a very private prompt"})
+    assert bad.status_code == 502 and "LookupError: Incorrect API key provided: [key]" in bad.json()["detail"]
+    for secret in ("sk-proj", "7890", "private"): assert secret not in bad.text + str(bad.headers) + caplog.text
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("code", ["import asyncio\nasync def ask(prompt): await asyncio.sleep(30)\n", "import time\ndef ask(prompt): time.sleep(30)\n"])
+async def test_the_time_limit_holds_for_functions(make, function, code):
+    began = time.monotonic()
+    late = await make(llm_backend=function(code), llm_timeout=0.3).post("/llm/generate", json={"prompt": "p"})
+    assert late.status_code == 504 and "0.3 s" in late.json()["detail"] and time.monotonic() - began < 5
 
 
 async def test_the_same_bytes_are_read_once_and_answered_alike(make, upstream, monkeypatch):
@@ -336,6 +426,82 @@ async def test_the_express_lane_answers_as_the_framework_does(make):
     for line in ('{method="POST",path="/llm/generate",status="200"} 2.0', '{method="POST",path="/llm/generate",status="422"} 1.0', '{method="POST",path="/llm/generate",status="413"} 1.0', 'path="/llm/generate",status="405"} 1.0'):
         assert f"http_requests_total{line}" in page or line in page, line
     for app in apps: await app.state.shut()
+
+
+@pytest.mark.parametrize("which", [HTTPException, 422])
+@pytest.mark.parametrize("way", ["async", "sync"])
+async def test_the_express_lane_asks_the_app_s_own_exception_handlers(which, way):
+    replies = []
+    for front in (True, False):
+        app = create_app(Settings(_env_file=None, host="127.0.0.1"), Cache.from_url("memory://"))
+        if not front: app.user_middleware.clear()
+        def mine(request, error): return JSONResponse({"sorry": error.detail, "at": request.url.path}, 418)
+        async def mine_later(request, error): return mine(request, error)
+        app.add_exception_handler(which, mine if way == "sync" else mine_later)
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://a") as client:
+            replies += [await client.post("/llm/generate", json={})]
+            if front: assert 'path="/llm/generate",status="418"} 1.0' in (await client.get("/metrics")).text
+        await app.state.shut()
+    assert replies[0].status_code == replies[1].status_code == 418 and replies[0].content == replies[1].content and replies[0].headers == replies[1].headers
+
+
+async def test_what_nobody_handles_is_raised_and_counted_as_500(monkeypatch):
+    app = create_app(Settings(_env_file=None, host="127.0.0.1"), Cache.from_url("memory://"))
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app, raise_app_exceptions=False), base_url="http://a") as client:
+        assert (await client.get("/health")).status_code == 200
+        monkeypatch.setattr(routes, "cache_headers", lambda *_: 1 / 0)
+        assert (await client.post("/llm/generate", json={"prompt": "p"})).status_code == 500
+        assert 'path="/llm/generate",status="500"} 1.0' in (await client.get("/metrics")).text
+    await app.state.shut()
+
+
+async def test_no_client_makes_series_grow(make):
+    client = make()
+    await client.get("/")  # opens the house, so that there is somebody who counts
+    for n in range(20): assert (await client.request(f"X{n}", "/health")).status_code == 405
+    assert (await client.request("Z" * 65_400, "/health")).status_code == 405
+    page = (await client.get("/metrics")).text
+    assert 'http_requests_total{method="other",path="/health",status="405"} 21.0' in page and "X7" not in page and "ZZ" not in page
+
+    counted = []
+    class House:
+        class metrics:
+            def answered(*what): counted.append(what[:3])
+    async def fails(scope, receive, send): raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): await Front(fails, House, {})({"type": "http", "method": "GET", "path": "/what/a/client/wrote"}, None, None)
+    assert counted == [("GET", "other", 500)]
+
+
+@pytest.mark.parametrize("path", ["/llm/generate", "/embedding/generate", "/cache/clear"])
+async def test_a_client_that_hangs_up_while_it_sends_is_no_failure_of_ours(path, caplog):
+    app, said = create_app(Settings(_env_file=None, cache_url="memory://", host="127.0.0.1")), []
+    waiting = [{"type": "http.request", "body": b'{"pro', "more_body": True}, {"type": "http.disconnect"}]
+    async def receive(): return waiting.pop(0)
+    async def send(message): said.append(message)
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "query_string": b"", "headers": [(b"content-length", b"99")], "root_path": "", "scheme": "http", "server": ("a", 80)}
+    await app(scope, receive, send)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://a") as client:
+        assert f'http_requests_total{{method="POST",path="{path}",status="499"}} 1.0' in (await client.get("/metrics")).text
+    assert said == [] and "Traceback" not in caplog.text
+    await app.state.shut()
+
+
+@pytest.mark.parametrize("value", ["tcp://10.0.0.11:6379", "tcp://[fd00::1]:6379"])
+def test_what_kubernetes_puts_beside_a_service_named_redis_is_no_setting(monkeypatch, value):
+    for name in ("REDIS_HOST", "REDIS_URL", "CACHE_URL"): monkeypatch.delenv(name, raising=False)
+    for name, given in {"REDIS_PORT": value, "REDIS_PORT_6379_TCP_ADDR": "10.0.0.11", "REDIS_SERVICE_HOST": "10.0.0.11", "REDIS_SERVICE_PORT": "6379"}.items(): monkeypatch.setenv(name, given)
+    assert Settings(_env_file=None).redis_port == 6379 and not Settings(_env_file=None).redis_chosen
+    assert Settings(_env_file=None, redis_host="mine").redis_chosen and Settings(_env_file=None, redis_port=6380).redis_port == 6380
+    for wrong in ("tcp", "http://h:1", "0", "many"):
+        monkeypatch.setenv("REDIS_PORT", wrong)
+        with pytest.raises(ConfigError, match="REDIS_PORT"): Settings(_env_file=None)
+
+
+@pytest.mark.parametrize("keys", ["schl\xfcssel", "good, schl\xfcssel", "a\nb", "a\tb", "\u200bkey"])
+def test_a_door_key_that_nobody_can_send_is_refused_and_not_shown(keys):
+    with pytest.raises(ConfigError, match="API_KEY.*ASCII") as refused: Settings(_env_file=None, api_key=keys)
+    assert "ssel" not in str(refused.value)
+    assert Settings(_env_file=None, api_key=" one,\ttwo words \r\n").api_keys == ("one", "two words")
 
 
 @pytest.mark.parametrize("version, headers, sent, status", [

@@ -10,6 +10,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -188,6 +189,19 @@ def test_null_content_that_was_filtered_or_refused() -> None:
     filtered, refused = run({}, "content_filter"), run({"refusal": "I cannot help."}, "stop")
     assert (filtered.response, filtered.complete) == ("", False)
     assert (refused.response, refused.complete, refused.extra) == ("I cannot help.", True, {"refusal": "I cannot help."})
+
+
+def test_half_a_character_in_an_answer_is_shown_as_one_that_cannot_be() -> None:
+    said = (rb'{"model": "m\udc00", "choices": [{"message": {"content": "cut \ud83d", "reasoning_content": ["\ud83d\ude00", "\\ud83d", "\uDE00\uD83D"]},'
+            rb' "finish_reason": "stop"}], "usage": {"total_tokens": 9007199254740993}}')
+    for body in (said, said.decode().encode("utf-16")):
+        upstream = httpx2.MockTransport(lambda request, body=body: httpx2.Response(200, content=body))
+        answer = asyncio.run(OpenAIBackend("http://u", transport=upstream).generate("p"))
+        assert (answer.response, answer.model, answer.usage) == ("cut \ufffd", "m\ufffd", {"total_tokens": 9007199254740993})
+        assert answer.extra == {"reasoning_content": ["\U0001f600", "\\ud83d", "\ufffd\ufffd"]}
+    upstream = httpx2.MockTransport(lambda request: httpx2.Response(400, content=rb'{"error": {"message": "what is \ud83d?"}}'))
+    with pytest.raises(BackendRefusedError, match="what is \ufffd") as refused: asyncio.run(OpenAIBackend("http://u", transport=upstream).generate("p"))
+    str(refused.value).encode()
 
 
 def test_tool_calls_and_parts(up: Upstream) -> None:
@@ -370,7 +384,7 @@ def test_retry_after_that_does_not_fit_is_not_waited_for(up: Upstream) -> None:
     ({"retry-after": "inf"}, None), ({"retry-after": "-3"}, None), ({"retry-after": "1e9"}, None), ({"retry-after": "1.2.3"}, None),
     ({"retry-after": "Thu, 01 Jan 1970 00:00:10 GMT"}, 8.0), ({"retry-after": "Thu, 01 Jan 1970 00:00:10 -0000"}, 8.0),
     ({"retry-after": "Thu, 01 Jan 1970 00:00:01 GMT"}, 0.0), ({"retry-after": "Mon, 99 Foo 9999"}, None),
-    ({"retry-after-ms": "250"}, 0.25), ({"retry-after-ms": "x", "retry-after": "2"}, None), ({"retry-after-ms": "nan"}, None),
+    ({"retry-after-ms": "250"}, 0.25), ({"retry-after-ms": "x", "retry-after": "2"}, 2.0), ({"retry-after-ms": "1e99", "retry-after": "2"}, 2.0), ({"retry-after-ms": "250", "retry-after": "2"}, 0.25), ({"retry-after-ms": "nan"}, None),
 ])
 def test_forms_of_retry_after(headers: dict[str, str], seconds: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
@@ -481,6 +495,12 @@ def test_other_ways_to_be_let_in(up: Upstream) -> None:
 def test_what_looks_like_a_key_is_veiled(said: str) -> None:
     shown = veil(said, [KEY, "sk-abcd0123wxyz"], [])
     assert not any(KEY[at : at + 4] in shown for at in range(len(KEY) - 3)) and "abcd" not in shown and "wxyz" not in shown
+
+
+def test_what_is_private_is_hidden_where_a_key_crosses_it() -> None:
+    assert veil("bad: a very private prompt!", ["sk-very-secret"], ["a very private prompt"]) == "bad: [prompt][key][prompt]!"
+    assert veil("bad: my sk-live-12345678 is lost", [], ["my sk-live-12345678 is lost"]) == "bad: [prompt][key][prompt]"
+    assert "lost" not in veil(f"bad: {KEY} is lost, {KEY[:9]}", [KEY], [f"{KEY} is lost"])
 
 
 def test_keys_of_others_are_veiled_too() -> None:
@@ -629,6 +649,91 @@ def test_replies_of_functions() -> None:
         with pytest.raises(BackendAnswerError): run(reply)
 
 
+@pytest.mark.parametrize("reply", [
+    {"response": "x", "raw": object()}, {"response": "x", "usage": object()}, {"response": "x", "usage": "many"}, {"response": "x", "finish_reason": ["a"]},
+    {"response": "x", "model": 5}, {"response": "x", "raw": "\ud83d"}, {"response": "x", None: 1}, Answer(7, "m"), Answer("x", "m", usage={"total_tokens": object()}),  # type: ignore[arg-type, dict-item]
+])  # fmt: skip
+def test_what_a_function_tells_has_a_json_form(reply: Any) -> None:
+    async def fn(prompt: str) -> Any: return reply
+    with pytest.raises(BackendAnswerError, match="fn returned"): asyncio.run(FunctionBackend(fn).generate("p"))
+
+
+def test_a_function_may_tell_what_json_can_say() -> None:
+    class Markup(str): pass
+    told = {"usage": {"total_tokens": 1, "details": {"cached": 2}}, "scores": (1, 2.5, None), "big": 2**70}
+    async def fn(prompt: str) -> Any: return {"response": Markup("cut \ud83d"), **told}
+    answer = asyncio.run(FunctionBackend(fn).generate("p"))
+    assert answer.response == "cut \ufffd" and type(answer.response) is str
+    assert answer.usage == told["usage"] and answer.extra == {"scores": told["scores"], "big": told["big"]}
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_neither_the_prompt_nor_a_key_is_in_a_functions_failure(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    def words(*parts: Any) -> str: return f"401 Incorrect API key provided: {KEY}; {parts!r} is more than gpt-9 takes"
+    def ask(prompt: str, context: str, model: str, stop: Any) -> str: raise PermissionError(words(prompt, context, stop))
+    async def ask_later(prompt: str, context: str, model: str, stop: Any) -> str: raise PermissionError(words(prompt, context, stop))
+    def embed(texts: list[str]) -> Any: raise PermissionError(words(texts))
+    async def embed_one(text: str) -> Any: raise PermissionError(words(text))
+    private = {"context": "You are the physician on duty.", "stop": [{"at": "Sincerely, the physician"}]}
+    with pytest.raises(BackendError) as failed: asyncio.run(FunctionBackend(ask if way == "sync" else ask_later).generate(PROMPT, model="gpt-9", **private))
+    with pytest.raises(BackendError) as embedded: asyncio.run(FunctionBackend(embed if way == "sync" else embed_one).embed([PROMPT, "a private text"]))
+    for error in (failed.value, embedded.value):
+        assert "PermissionError" in str(error) and "gpt-9" in str(error) and isinstance(error.__cause__, PermissionError)
+        for hidden in (KEY[:8], KEY[-4:], "patient", "diagnosis", "physician", "private"): assert hidden not in str(error) + caplog.text
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("way", ["async", "sync", "text", "hidden"])
+def test_a_function_has_a_time_limit(way: str) -> None:
+    free = threading.Event()
+    async def later(prompt: str) -> str: return str(await asyncio.sleep(30))
+    def sync(prompt: str) -> str: return str(free.wait(30))
+    def hidden(prompt: str) -> Any: return later(prompt)
+    async def one(text: str) -> Any: await asyncio.sleep(0.15)
+    backend = FunctionBackend({"async": later, "sync": sync, "text": one, "hidden": hidden}[way], threads=2, timeout=0.4)
+    start = time.monotonic()
+    with pytest.raises(BackendTimeoutError, match=r"did not answer within 0\.4 s"):
+        asyncio.run(backend.embed(["t"] * 20) if way == "text" else backend.generate("p"))
+    assert time.monotonic() - start < 5
+    free.set()
+
+
+def test_a_time_out_of_the_functions_own_is_its_failure() -> None:
+    async def fn(prompt: str) -> str: raise TimeoutError("the database")
+    with pytest.raises(BackendError, match="TimeoutError: the database") as failed: asyncio.run(FunctionBackend(fn, timeout=10).generate("p"))
+    assert not isinstance(failed.value, BackendTimeoutError)
+
+
+def test_a_function_that_hangs_does_not_keep_the_process() -> None:
+    code = ("import asyncio, time\nfrom aurea_orchestrator.backends.base import FunctionBackend\n"
+            "def fn(prompt): time.sleep(1000)\nasyncio.run(FunctionBackend(fn, timeout=0.2).generate('p'))")
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "BackendTimeoutError" in done.stderr
+
+
+def test_threads_are_bounded_used_again_and_free_when_their_function_is() -> None:
+    ran: list[str] = []
+    gate = threading.Event()
+    def fn(prompt: str) -> str:
+        if prompt == "hang": gate.wait(30)
+        ran.append(prompt)
+        return threading.current_thread().name
+    async def run() -> None:
+        backend = FunctionBackend(fn, threads=2)
+        for _ in range(20): await backend.generate("p")
+        assert backend._call._pool.count <= 2
+        backend._call.timeout = 0.2
+        hung = await asyncio.gather(*(backend.generate("hang") for _ in range(2)), return_exceptions=True)
+        left = await asyncio.gather(backend.generate("left"), return_exceptions=True)  # No thread is free, and it is not called later either
+        assert all(isinstance(error, BackendTimeoutError) for error in (*hung, *left))
+        gate.set()
+        backend._call.timeout = 10
+        assert (await backend.generate("q")).response and backend._call._pool.count == 2 and "left" not in ran
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("kind", [ValueError, StopIteration, KeyError, SystemExit, TimeoutError])
 @pytest.mark.parametrize("way", ["sync", "async"])
 def test_a_functions_failure_has_its_type_and_message(kind: type[BaseException], way: str) -> None:
@@ -648,7 +753,6 @@ def test_a_functions_own_backend_error_keeps_its_name() -> None:
 
 
 def test_plain_functions_run_beside_each_other_and_off_the_shared_threads() -> None:
-    import threading
     together = threading.Barrier(20)
     def slow(prompt: str) -> str:
         together.wait(10)

@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from aurea_orchestrator import metrics
 from aurea_orchestrator.events import Event, Outcome
 from aurea_orchestrator.ledger import Ledger
 from aurea_orchestrator.metrics import Metrics
@@ -138,6 +141,77 @@ def test_what_a_writer_left_half_done_is_not_counted(tmp_path, harm):
     add(after, ("n",), 1)
     assert after._file.name == str(path) and reader.total()[("n",)] == [4]
     assert set(reader.total()) == {("n",), *(("m", str(n)) for n in range(1000))} and sum(cells[-1] for cells in reader.total().values()) == 2004
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("text", ["Z" * 65_400, "\x00" * 20_000, "\U0001f600" * 100_000])
+def test_a_name_that_no_block_holds_is_cut(tmp_path, shared, text):
+    ledger = Ledger(tmp_path if shared else None)
+    for _ in range(3): add(ledger, ("asked", text), 2, 22)
+    add(ledger, ("asked", "else"))
+    assert ledger.total() == {("asked", text[:200]): [0.0] * 21 + [6.0], ("asked", "else"): [1.0]} and len(ledger._blocks) == 1
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    return metrics._home()
+
+
+def gone(home): return home / "999999999-1.00"  # No process has this number
+
+
+def count(folder):
+    one = Metrics("1", folder=folder)
+    one.answered("GET", "other", 200, 1.0)
+    one.close()
+    return sorted(path.name for path in folder.glob("*")) if folder.is_dir() else None
+
+
+def test_the_folder_of_all_servers_is_for_us_alone(home):
+    assert count(home / "1-1.00") == ["0.ledger", "0.lock"]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (home, home / "1-1.00")] == [0o700] * 2
+
+
+@pytest.mark.parametrize("whose", ["a link", "a dangling link", "open to all", "open to the group", "a file", "of another"])
+def test_what_others_may_have_put_there_is_left_alone(home, tmp_path, caplog, monkeypatch, whose):
+    real, folder = tmp_path / "real", home / "1-1.00"
+    if whose != "a dangling link": gone(real).mkdir(parents=True)
+    if whose == "a file": home.touch()
+    elif "link" in whose: home.symlink_to(real)
+    else:
+        real.rename(home)
+        if "open" in whose: home.chmod(0o777 if whose == "open to all" else 0o770)
+        else: monkeypatch.setattr("os.getuid", lambda: home.stat().st_uid + 1)
+    precious = gone(home) / "0.ledger"
+    if precious.parent.is_dir(): precious.touch()
+    assert not count(folder) and "cannot be kept" in caplog.text and precious.exists() == precious.parent.is_dir()
+
+
+def test_sweeping_follows_no_link_and_takes_only_what_is_a_ledger_s(home, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for name in ("0.ledger", "thesis.txt"): (victim / name).write_text("precious")
+    gone(home).mkdir(parents=True, mode=0o700)
+    home.chmod(0o700)
+    for name in ("0.ledger", "0.lock"): (gone(home) / name).touch()
+    (gone(home) / "1.ledger").symlink_to(victim / "thesis.txt")
+    (home / "999999998-1.00").symlink_to(victim)
+    mixed = home / "999999997-1.00"
+    mixed.mkdir()
+    for name in ("0.ledger", "mine.txt"): (mixed / name).touch()
+    count(home / f"{os.getpid()}-{psutil.Process().create_time():.2f}")
+    assert not gone(home).exists() and [path.name for path in mixed.iterdir()] == ["mine.txt"]
+    assert sorted(path.read_text() for path in victim.iterdir()) == ["precious"] * 2
+
+
+def test_a_folder_that_a_person_named_is_used_as_it_is(home, tmp_path):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    gone(home).mkdir(parents=True)
+    home.chmod(0o777)
+    assert count(tmp_path / "shared") == ["0.ledger", "0.lock"] and gone(home).exists()
 
 
 def test_the_page_is_the_same_with_and_without_a_folder(tmp_path, caplog):

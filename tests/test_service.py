@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+from tests.servers import until
 from tests.service import ROOT, Service, samples
 from tests.upstream import Upstream, expected, vector
 
@@ -106,10 +107,6 @@ async def test_redis_may_die_the_service_may_not(tmp_path, own_redis, upstream):
             reply = client.post("/llm/generate", json={"prompt": prompt})
             assert reply.status_code == 200 and reply.json()["response"] == expected(prompt)
             return reply.headers["x-cache"], time.perf_counter() - began
-        def until(true):
-            deadline = time.monotonic() + 20
-            while not true() and time.monotonic() < deadline: time.sleep(0.1)
-            assert true()
         assert [timed("p")[0] for _ in range(2)] == ["miss", "hit"]
         for harm, mend in ((own_redis.pause, own_redis.resume), (own_redis.kill, own_redis.restart)):
             harm()
@@ -139,6 +136,20 @@ def test_sigterm_finishes_what_is_in_flight(tmp_path, upstream):
         service.stop()
         for t in threads: t.join()
         assert got == [200] * 3 and "Traceback" not in service.log
+
+
+@pytest.mark.slow
+def test_neither_a_function_that_hangs_nor_a_client_that_leaves_troubles_the_server(tmp_path):
+    (tmp_path / "mine.py").write_text("import time\ndef ask(prompt): time.sleep(1000)\n")
+    with Service(tmp_path, CACHE_URL="memory://", LLM_BACKEND="mine:ask", LLM_TIMEOUT=1) as service, service.client() as client:
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", service.port)) as leaving: leaving.sendall(b'POST /llm/generate HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"pro')
+        assert client.post("/llm/generate", json={"prompt": "p"}).status_code == 504
+        until(lambda: samples(client.get("/metrics").text).get('http_requests_total{method="POST",path="/llm/generate",status="499"}') == 3, "three who left")
+        client.close()
+        began = time.monotonic()
+        service.stop()
+        assert time.monotonic() - began < 15 and "Traceback" not in service.log and "ERROR" not in service.log
 
 
 @pytest.mark.slow

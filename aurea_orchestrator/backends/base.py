@@ -10,16 +10,22 @@ import contextvars
 import importlib
 import inspect
 import math
+import threading
 from abc import ABC
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from ..errors import BackendAnswerError, BackendError, BackendRefusedError, ConfigError
+from .wire import unfit, veil, whole
+from ..errors import BackendAnswerError, BackendError, BackendRefusedError, BackendTimeoutError, ConfigError
+
+MOST_TEXTS = 2048  # In one request; OpenAI's own bound
 
 # %% auto #0
-__all__ = ['Answer', 'Embeddings', 'checked', 'Backend', 'load', 'FunctionBackend']
+__all__ = ['MOST_TEXTS', 'Answer', 'Embeddings', 'checked', 'Backend', 'load', 'FunctionBackend']
 
 # %% ../../nbs/40_backends.base.ipynb #a2ef619e
 _WHOLE = frozenset({None, "stop", "tool_calls", "function_call"})
@@ -189,13 +195,63 @@ class _Signature:
         return {"model": asked or "default"}, asked or self.label
 
 # %% ../../nbs/40_backends.base.ipynb #8a641aa3
+class _Threads:
+    "Threads that call what they are handed, and keep no process from ending."
+
+    def __init__(self, most: int) -> None:
+        self.most, self.count, self._idle = most, 0, 0
+        self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._bell = threading.Condition()
+
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        "What it returns, sometime."
+        done: Future[Any] = Future()
+        with self._bell:
+            self._jobs.append((done, work))
+            if len(self._jobs) <= self._idle:
+                self._bell.notify()
+            elif self.count < self.most:
+                threading.Thread(target=self._run, name="aurea-function", daemon=True).start()
+                self.count += 1
+        return done
+
+    def _run(self) -> None:
+        while job := self._next():
+            done, work = job
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(work())
+                except BaseException as error:
+                    done.set_exception(error)
+            del job, done, work  # An idle thread holds no answer
+
+    def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+        with self._bell:
+            self._idle += 1
+            self._bell.wait_for(lambda: self._jobs, 10)
+            self._idle -= 1
+            if self._jobs:
+                return self._jobs.popleft()
+            self.count -= 1
+            return None
+
+# %% ../../nbs/40_backends.base.ipynb #f5a0edd6
+def _texts(thing: Any) -> Iterator[str]:
+    "Every text in some arguments."
+    if isinstance(thing, str):
+        yield thing
+    elif isinstance(thing, Mapping | list | tuple):
+        for part in thing.values() if isinstance(thing, Mapping) else thing:
+            yield from _texts(part)
+
+
 class _Caller:
     "Calls a function without blocking the loop, and gives its failures one name."
 
-    def __init__(self, call: Callable[..., Any], label: str, threads: int) -> None:
-        self.call, self.label, self.threads = call, label, threads
+    def __init__(self, call: Callable[..., Any], label: str, threads: int, timeout: float | None) -> None:
+        self.call, self.label, self.threads, self.timeout = call, label, threads, timeout
         self.awaits = any(map(inspect.iscoroutinefunction, (call, type(call).__call__)))
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = _Threads(threads)
 
     def _work(self, arguments: dict[str, Any]) -> Any:
         try:
@@ -203,22 +259,26 @@ class _Caller:
         except StopIteration as error:  # A future cannot carry it: whoever waits would wait for ever
             raise RuntimeError("it let a StopIteration escape") from error
 
-    async def __call__(self, **arguments: Any) -> Any:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="aurea-function")
-        run, loop = contextvars.copy_context().run, asyncio.get_running_loop()
+    async def once(self, arguments: dict[str, Any]) -> Any:
+        "What the function returns, or `BackendError`."
+        work = partial(contextvars.copy_context().run, self._work, arguments)
         try:
-            reply = self._work(arguments) if self.awaits else await loop.run_in_executor(self._pool, run, self._work, arguments)
+            reply = self._work(arguments) if self.awaits else await asyncio.wrap_future(self._pool.submit(work))
             return await reply if inspect.isawaitable(reply) else reply
         except BackendError:
             raise
         except (Exception, SystemExit) as error:
-            raise BackendError(f"{self.label} failed: {type(error).__name__}: {error}") from error
+            private = list(_texts({name: value for name, value in arguments.items() if name != "model"}))
+            said = await asyncio.to_thread(veil, str(error), (), private)  # Megabytes of texts take seconds
+            raise BackendError(f"{self.label} failed: {type(error).__name__}: {said}") from error
 
-    def close(self) -> None:
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=False)
+    async def timely(self, asked: Awaitable[Any]) -> Any:
+        "What is awaited, if it comes in time."
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await asked
+        except TimeoutError:
+            raise BackendTimeoutError(f"{self.label} did not answer within {self.timeout:g} s") from None
 
 # %% ../../nbs/40_backends.base.ipynb #aa32e36e
 class _Calls(_Caller):
@@ -233,7 +293,7 @@ class _Calls(_Caller):
 
         async def one(arguments: dict[str, Any]) -> Any:
             async with free:
-                return await self(**arguments)
+                return await self.once(arguments)
 
         tasks = [asyncio.ensure_future(one(arguments)) for arguments in calls]
         try:
@@ -249,15 +309,21 @@ def _as_answer(
     label: str,   # The function, for the message
 ) -> Answer:
     "A function's reply as an `Answer`."
-    if isinstance(reply, str):
-        return Answer(reply, model)
-    if isinstance(reply, dict) and isinstance(reply.get("response"), str):
+    if isinstance(reply, Answer):
+        answer = reply
+    elif isinstance(reply, str):
+        answer = Answer(reply, model)
+    elif isinstance(reply, dict) and isinstance(reply.get("response"), str):
         extra = {name: value for name, value in reply.items() if name not in ("response", "model", "finish_reason", "usage")}
-        return Answer(reply["response"], reply.get("model") or model, reply.get("finish_reason"), reply.get("usage"), extra)
-    if not isinstance(reply, Answer):
+        answer = Answer(reply["response"], reply.get("model") or model, reply.get("finish_reason"), reply.get("usage"), extra)
+    else:
         what = "a dict without 'response'" if isinstance(reply, dict) else f"a {type(reply).__name__}"
         raise BackendAnswerError(f"{label} returned {what}; return a str, a dict with 'response', or an Answer")
-    return reply
+    if isinstance(answer.response, str):
+        answer = replace(answer, response=whole(answer.response))
+    if why := unfit(answer):
+        raise BackendAnswerError(f"{label} returned an answer that cannot be sent as JSON: {why}")
+    return answer
 
 # %% ../../nbs/40_backends.base.ipynb #695a384b
 class FunctionBackend(Backend):
@@ -270,31 +336,30 @@ class FunctionBackend(Backend):
         function: str | Callable[..., Any],  # The function, or its name as `package.module:function`
         default_model: str | None = None,    # What `model="default"` stands for
         threads: int = 32,                   # How many calls of a plain function may run at once
+        timeout: float | None = None,        # Seconds that a call may take; None: as long as it likes
     ) -> None:
         call = load(function) if isinstance(function, str) else function
         where = f"{getattr(call, '__module__', None)}:{getattr(call, '__qualname__', type(call).__qualname__)}"
         label = function.strip() if isinstance(function, str) else where
         self.identity, self.default_model = f"function:{label}", default_model
-        self._signature, self._call = _Signature(call, label), _Calls(call, label, threads)
+        self._signature, self._call = _Signature(call, label), _Calls(call, label, threads, timeout)
         if not any(map(self._signature.takes, ("prompt", "texts", "text"))):
             raise ConfigError(f"{label} takes neither 'prompt' (to generate) nor 'texts' or 'text' (to embed)")
-
-    async def aclose(self) -> None:
-        self._call.close()
 
     async def generate(self, prompt: str, context: str = "", model: str | None = None, **params: Any) -> Answer:
         if not self._signature.takes("prompt"):
             return await super().generate(prompt, context, model, **params)
         named, reported = self._signature.model(self.resolve(model))
         arguments = self._signature.fit({"prompt": prompt, "context": context, **named}, params | ({"context": context} if context else {}))
-        return _as_answer(await self._call(**arguments), reported, self._signature.label)
+        return _as_answer(await self._call.timely(self._call.once(arguments)), reported, self._signature.label)
 
     async def embed(self, texts: Sequence[str], model: str | None = None, **params: Any) -> Embeddings:
         named, reported = self._signature.model(self.resolve(model))
         if self._signature.takes("texts"):
-            whole = await self._call(**self._signature.fit({"texts": list(texts), **named}, params)) if texts else []
+            arguments = self._signature.fit({"texts": list(texts), **named}, params)
+            made = await self._call.timely(self._call.once(arguments)) if texts else []
         elif self._signature.takes("text"):
-            whole = await self._call.each([self._signature.fit({"text": text, **named}, params) for text in texts])
+            made = await self._call.timely(self._call.each([self._signature.fit({"text": text, **named}, params) for text in texts]))
         else:
             return await super().embed(texts, model, **params)
-        return Embeddings(checked(whole, len(texts)), reported)
+        return Embeddings(checked(made, len(texts)), reported)

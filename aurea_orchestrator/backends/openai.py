@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import httpx2
 
-from .base import Answer, Backend, Embeddings, checked
+from .base import MOST_TEXTS, Answer, Backend, Embeddings, checked
 from .wire import complaint, decode, encode, ending, retry_after, text_of, tokens, vectors_of, veil
 from aurea_orchestrator.errors import (
     BackendAnswerError,
@@ -284,7 +284,7 @@ class OpenAIBackend(Backend):
         retries: int = 3,                                    # Tries after the first
         *,
         headers: Mapping[str, str] | None = None,            # Further headers, treated as secrets
-        batch_size: int = 2048,                              # Texts per request, at most; OpenAI's own bound
+        batch_size: int = MOST_TEXTS,                        # Texts per request, at most
         pause: Pause | None = None,                          # How long to wait between tries
         transport: httpx2.AsyncBaseTransport | None = None,  # Another way to reach it: an app in this process, a mock
     ) -> None:

@@ -16,30 +16,33 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any
 
+import msgspec
+
 from ..errors import BackendAnswerError, BackendRefusedError
 
 # %% auto #0
-__all__ = ['veil', 'parsed', 'complaint', 'retry_after', 'encode', 'decode', 'tokens', 'text_of', 'ending', 'vectors_of']
+__all__ = ['veil', 'whole', 'parsed', 'complaint', 'retry_after', 'encode', 'decode', 'tokens', 'text_of', 'ending', 'unfit',
+           'vectors_of']
 
 # %% ../../nbs/39_backends.wire.ipynb #1c55d46b
 _KEYLIKE = re.compile(r"\S*(?:\*{3,}|•{3,})\S*|\b(?:sk|pk|rk|gsk|xai|hf)[-_][\w-]{6,}|(?:\[key\][.…]*)+(?:\S*\[key\])?")
 
 
-def _mask(
-    text: str,   # To be shown
-    hidden: str, # To be kept from it
-    run: int,    # How many characters in a row give it away
-    label: str,  # What is shown instead
-) -> str:
-    "The text without any run of characters that is in `hidden` too."
+_LABELS = {1: "[key]", 2: "[prompt]"}
+
+
+def _mark(
+    text: str,          # To be shown
+    hidden: str,        # To be kept from it
+    run: int,           # How many characters in a row give it away
+    marked: bytearray,  # A byte for each character of the text
+    label: int,         # Which is put where the text is in `hidden` too
+) -> None:
+    "Mark all runs of characters that are in `hidden` too."
     run = min(run, len(hidden))
-    marked = bytearray(len(text))
     for at in range(len(text) - run + 1):
         if text[at : at + run] in hidden:
-            marked[at : at + run] = b"\x01" * run
-    for found in reversed(list(re.finditer(rb"\x01+", marked))):
-        text = text[: found.start()] + label + text[found.end() :]
-    return text
+            marked[at : at + run] = bytes([label]) * run
 
 
 def veil(
@@ -49,12 +52,17 @@ def veil(
 ) -> str:
     "What may be repeated of it: one line, short."
     said = " ".join(said[:1000].split())
-    for secret in (s for s in secrets if len(s) > 3):
-        said = _mask(said, secret, 4 if len(secret) > 7 else 7, "[key]")
-    said = _KEYLIKE.sub("[key]", said)
+    marked = bytearray(len(said))
     for text in (t for t in private if len(t) > 3):
         for form in {text, json.dumps(text)[1:-1], " ".join(text.split())}:
-            said = _mask(said, form, 16, "[prompt]")
+            _mark(said, form, 16, marked, 2)
+    for secret in (s for s in secrets if len(s) > 3):
+        _mark(said, secret, 4 if len(secret) > 7 else 7, marked, 1)
+    for found in _KEYLIKE.finditer(said):
+        _mark(said, found[0], len(found[0]), marked, 1)
+    for run in reversed(list(re.finditer(rb"\x01+|\x02+", marked))):
+        said = said[: run.start()] + _LABELS[marked[run.start()]] + said[run.end() :]
+    said = _KEYLIKE.sub("[key]", said)  # What stands between two pieces of a key is one too
     return said if len(said) <= 300 else said[:299] + "…"
 
 # %% ../../nbs/39_backends.wire.ipynb #312a215f
@@ -71,10 +79,17 @@ def _words(data: Any, deep: int = 5) -> str:
     return ""
 
 
+def whole(text: str) -> str:
+    "The text with U+FFFD for each half of a character (a lone surrogate), which no reply could carry."
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def parsed(body: bytes) -> Any:
-    "The JSON in a body; None when it is none."
+    "The JSON in a body, its texts `whole`; None when it is none."
     try:
-        return json.loads(body)
+        text = body.decode(json.detect_encoding(body))
+        data = json.loads(text)
+        return json.loads(whole(json.dumps(data, ensure_ascii=False))) if "\\u" in text else data  # Only an escape can be half a character
     except (ValueError, RecursionError):
         return None
 
@@ -91,9 +106,10 @@ def retry_after(
 ) -> float | None:
     "The seconds that an upstream asks to wait; None when it does not, or in no form that can be read."
     asked = headers.get("retry-after", "").strip()
+    with suppress(ValueError):
+        if (ms := float(headers.get("retry-after-ms", ""))) < 1e10:
+            return max(0.0, ms / 1000)
     with suppress(ValueError, OverflowError, TypeError, IndexError):
-        if ms := headers.get("retry-after-ms"):
-            return max(0.0, float(ms) / 1000) if float(ms) < 1e10 else None
         if re.fullmatch(r"[0-9.]{1,9}", asked):
             return float(asked)
         moment = parsedate_to_datetime(asked)
@@ -152,6 +168,27 @@ def ending(choice: dict[str, Any]) -> str | None:
     "Why an answer ended, in the words of OpenAI."
     reason = choice.get("finish_reason")
     return _SAME.get(str(reason), str(reason)) if reason else None
+
+
+class _Shape(msgspec.Struct):
+    "An answer in JSON."
+
+    response: str
+    model: str
+    finish_reason: str | None
+    usage: dict[str, Any] | None
+    extra: dict[str, Any]
+
+
+def unfit(
+    answer: Any,  # An object with these parts
+) -> str:
+    "Why an answer cannot be sent as JSON; nothing if it can."
+    try:
+        msgspec.json.decode(msgspec.json.encode(answer), type=_Shape)
+        return ""
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error)
 
 # %% ../../nbs/39_backends.wire.ipynb #3b6b5301
 def _vector(given: Any) -> Any:
