@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import ConfigError, UnkeyableError
 from .forms import PLAIN, Form, canonical, encode, instance
-from .shapes import attributes
+from .shapes import attributes, title
 
 # %% auto #0
 __all__ = ['Binder', 'argument', 'fingerprint', 'identity']
@@ -113,6 +113,18 @@ def _writer(p: inspect.Parameter, first: str | None, ignored: set[str]) -> Calla
         return lambda value: instance(value, p.name, own)
     return keywords if p.kind is p.VAR_KEYWORD else argument
 
+# %% ../nbs/10_call.ipynb #05f98128
+def _told(p: inspect.Parameter, value: Any, first: str | None, ignored: set[str]) -> dict[str, Any]:
+    "What is written down of a parameter's value, by name."
+    if p.kind is p.VAR_KEYWORD:
+        return {p.name: {name: each for name, each in value.items() if name not in ignored}}
+    if p.name != first or isinstance(value, Enum) or hasattr(type(value), "__cache_key__"):
+        return {p.name: value}
+    if isinstance(value, type):
+        return {p.name: title(value)}
+    known = ((f"{first}.{name}", each) for name, each in attributes(value) or ())
+    return {p.name: title(type(value)), **{name: each for name, each in known if name not in ignored}}
+
 # %% ../nbs/10_call.ipynb #a12fa403
 class Binder:
     "The signature of a function, compiled: from any way of writing a call to its canonical fields."
@@ -130,13 +142,20 @@ class Binder:
             raise error
         ignored.add("bypass_cache")
         self.fn, self.kept = fn, [p for p in parameters if p.name not in ignored]
-        self.names = [_STARS.get(p.kind, "") + p.name for p in self.kept]
-        self._writers = [_writer(p, first, ignored.difference(names)) for p in self.kept]
-        self._bind = self.compiled(self.forms)
+        self.names, self._first, self._left = [_STARS.get(p.kind, "") + p.name for p in self.kept], first, ignored.difference(names)
+        self._writers = [_writer(p, first, self._left) for p in self.kept]
+        self._values = self.compiled(tuple)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Form:
         "The fields of a call in the order of the signature: their names, and their forms."
-        return [self.names, self._bind(*args, **kwargs)]
+        return [self.names, self.forms(self._values(*args, **kwargs))]
+
+    def named(self, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        "The values of a call by name, without all that is left out; of `self` its class, and its attributes as `self.name`."
+        told: dict[str, Any] = {}
+        for p, value in zip(self.kept, self._values(*args, **kwargs), strict=True):
+            told |= _told(p, value, self._first, self._left)
+        return told
 
     def compiled(self, rest: _Then, plain: _Then | None = None) -> Callable[..., Any]:
         "A function with the signature of `fn` that gives the values of the fields to `rest`, or to `plain` if all are scalars."
@@ -272,4 +291,5 @@ def identity(
         code = ["version", canonical(version, "version")]
     elif module == "__main__" or fn.__qualname__.endswith("<lambda>"):
         code = ["code", fingerprint(fn)]
-    return ["function", module, fn.__qualname__, code, list(_closure(fn))]
+    nature = "stream" if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn) else "function"
+    return [nature, module, fn.__qualname__, code, list(_closure(fn))]

@@ -19,9 +19,9 @@ from .counts import SAVED, SPENT, cost_rows, fold_all
 from .events import Tally, hits_and_misses
 from .facts import digest
 from .call import Binder, argument, identity
-from .keys import check_kind, key_for, make_many
+from .keys import check_kind, keyed, make_many
 from .options import CacheInfo, Options
-from .replay import play
+from .replay import leave, play
 from .request import Request
 from .rich_display import rich_display
 from .steps import clear, forget
@@ -51,9 +51,10 @@ class _Cached:
         self.__defaults__, self.__kwdefaults__ = getattr(fn, "__defaults__", None), getattr(fn, "__kwdefaults__", None)
         self.tally, self.parameters = Tally(fold_all), inspect.signature(fn).parameters
         self.name, self._method = f"{fn.__module__}.{fn.__qualname__}", _is_method(fn)
-        self._bypass = argument(fn, "bypass_cache") if "bypass_cache" in self.parameters else None
+        self._declared = argument(fn, "bypass_cache") if "bypass_cache" in self.parameters else None
         self._draws = bool(options.early)  # Then a hit may have to be refreshed, and only `fetch` draws lots
-        self._key = key_for(fn, kind, options.namespace, options.version, options.ignore, self._method)
+        self._bind, self._identity = Binder(fn, options.ignore, self._method), identity(fn, options.namespace, options.version)
+        self._key, self._who = keyed(self._bind, self._identity, kind, options.namespace), digest(self._identity)
 
     def __repr__(self) -> str:
         return f"<cached {self.kind} function {self.name}>"
@@ -88,63 +89,50 @@ def _is_method(fn: Callable[..., Any]) -> bool:
 # %% ../nbs/51_decorators.ipynb #0241b892
 _Given: TypeAlias = tuple[Sequence[Any], dict[str, Any]]  # Arguments of a call
 _Compute: TypeAlias = Callable[[dict[str, Any], Sequence[int]], Effect]  # Given the facts to note and the positions that are missing
+_Fields: TypeAlias = Callable[[int], dict[str, Any]]  # The arguments of a position that are part of its key, by name
 
 
 class _Asking(_Cached):
     "Turns calls into requests."
 
-    def _fresh(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        "Whether the caller wants to bypass the cache; takes the argument away unless the function declares it."
-        return bool(self._bypass(*args, **kwargs) if self._bypass else kwargs.pop("bypass_cache", False))
+    _run: Callable[[Flow[Any]], Any] = staticmethod(drive)
 
-    def _request(self, keys: Sequence[str], compute: _Compute, fresh: bool, given: _Given) -> Request:
+    def _bypasses(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        "Whether the caller wants to bypass the cache; takes the argument away unless the function declares it."
+        return bool(self._declared(*args, **kwargs) if self._declared else kwargs.pop("bypass_cache", False))
+
+    def _request(self, cache: Cache, keys: Sequence[str], compute: _Compute, bypass: bool, given: _Given) -> Request:
         "The request that a call makes."
-        ttl: Any = self.options.ttl or self.cache.ttl_of(self.kind)
+        ttl: Any = self.options.ttl or cache.ttl_of(self.kind)
         stale: Any = self.options.stale
         meta = {"name": self.name}
         keep, early = self.options.keep or (whole if self.kind == "llm" else anything), self.options.early
-        fields = functools.partial(self._fields, *given)
-        compute = functools.partial(compute, meta)
-        return Request(self.kind, keys, compute, ttl, self.name, fresh, keep, self.tally, early, stale, meta, fields, self._who)
+        fields, awaits, compute = self._fields(*given), self._run is adrive, functools.partial(compute, meta)
+        return Request(self.kind, keys, compute, ttl, self.name, bypass, keep, self.tally, early, stale, meta, fields, self._who, awaits)
 
     def key(self, *args: Any, **kwargs: Any) -> Any:
         "The key of a call: `kind:<64 hex>`, or `kind:<namespace>:<64 hex>`."
         kwargs.pop("bypass_cache", None)
         return self._key(*args, **kwargs)
 
-    @functools.cached_property
-    def _who(self) -> str:
-        "Eight hex digits of who is asked: the function's module, code and surroundings, or what stands for them."
-        return digest(identity(self.__wrapped__, self.options.namespace, self.options.version))
-
-    @functools.cached_property
-    def _values(self) -> tuple[list[str], Callable[..., Any]]:
-        "The names of the arguments that are part of the key, and the way from a call to their values."
-        bind = Binder(self.__wrapped__, self.options.ignore, method=self._method)
-        return [p.name for p in bind.kept], bind.compiled(tuple)
-
-    def _fields(self, args: Sequence[Any], kwargs: dict[str, Any], position: int = 0) -> dict[str, Any]:
-        "The arguments of a call that are part of its key, by name."
-        names, values = self._values
-        return dict(zip(names, values(*args, **kwargs)))
+    def _fields(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Fields:
+        return lambda position: self._bind.named(*args, **kwargs)
 
 # %% ../nbs/51_decorators.ipynb #94f6c6c7
 class _Handy(_Asking):
     "What people do with a function."
 
-    _run: Callable[[Flow[Any]], Any] = staticmethod(drive)
-
     def explain(self, *args: Any, **kwargs: Any) -> Any:
         "Why such a call would be a hit or a miss; a list, for a list of texts. See `explain`."
-        fresh, found = self._fresh(args, kwargs), self.key(*args, **kwargs)
-        return self._run(self._explain([found] if isinstance(found, str) else found, args, kwargs, fresh, isinstance(found, list)))
+        bypass, found = self._bypasses(args, kwargs), self.key(*args, **kwargs)
+        return self._run(self._explain(found, self._fields(args, kwargs), bypass))
 
-    def _explain(self, keys: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], fresh: bool, many: bool) -> Flow[Any]:
+    def _explain(self, found: str | list[str], fields: _Fields, bypass: bool) -> Flow[Any]:
         from aurea_orchestrator.explain import explain
-        told = []
-        for place, key in enumerate(keys):
-            told.append((yield from explain(self.cache, key, self.name, self._who, self._fields(args, kwargs, place), fresh)))
-        return told if many else told[0]
+        cache, told = self.cache, []
+        for place, key in enumerate([found] if isinstance(found, str) else found):
+            told.append((yield from explain(cache, key, self.name, self._who, fields(place), bypass)))
+        return told[0] if isinstance(found, str) else told
 
     def map(self, inputs: Any, /, **options: Any) -> list[Any]:
         "Call it for many inputs, several at once, in order; options as in `plans.Plan`, all others are arguments of every call."
@@ -166,21 +154,21 @@ class CachedFunction(_Handy, Generic[_P, _R]):
 
     def _begin(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any] | Flow[Any]:
         "The answer, where it can be told without any I/O; else the flow that gets it."
-        fresh = self._fresh(args, kwargs) if self._bypass or "bypass_cache" in kwargs else False
-        key = self._key(*args, **kwargs)
-        found = None if fresh or self._draws else glance(self.options.cache or get_cache(), self.kind, key, self.tally)
-        return found or self._ask_one(args, kwargs, key, fresh)
+        bypass = self._bypasses(args, kwargs) if self._declared or "bypass_cache" in kwargs else False
+        key, cache = self._key(*args, **kwargs), self.options.cache or get_cache()
+        found = None if bypass or self._draws else glance(cache, self.kind, key, self.tally)
+        return found or self._ask_one(cache, args, kwargs, key, bypass)
 
-    def _ask_one(self, args: Sequence[Any], kwargs: dict[str, Any], key: str, fresh: bool) -> Flow[Any]:
-        return self._ask([key], lambda *_: Call(self.__wrapped__, args, kwargs), fresh, ONE, (args, kwargs))
+    def _ask_one(self, cache: Cache, args: Sequence[Any], kwargs: dict[str, Any], key: str, bypass: bool) -> Flow[Any]:
+        return self._ask(cache, [key], lambda *_: Call(self.__wrapped__, args, kwargs), bypass, ONE, (args, kwargs))
 
-    def _ask(self, keys: Sequence[str], compute: _Compute, fresh: bool, shape: Shape, given: _Given) -> Flow[Any]:
+    def _ask(self, cache: Cache, keys: Sequence[str], compute: _Compute, bypass: bool, shape: Shape, given: _Given) -> Flow[Any]:
         "What the store has, if it has all; else the sentence goes on from there."
         found = blobs = None
-        if not fresh and not self._draws:
-            found, blobs = yield from seek(self.cache, self.kind, keys, self.tally, shape.read)
+        if not bypass and not self._draws:
+            found, blobs = yield from seek(cache, self.kind, keys, self.tally, shape.read)
         if found is None:
-            replies = yield from fetch(self.cache, self._request(keys, compute, fresh, given), blobs)
+            replies = yield from fetch(cache, self._request(cache, keys, compute, bypass, given), blobs)
             return shape.made([reply.value for reply in replies], [reply.meta for reply in replies])
         return found[0]
 
@@ -246,20 +234,20 @@ class CachedGenerator(CachedFunction[_P, _R]):
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Any:
         return self._items(*self._stream(args, kwargs))
 
-    def _stream(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Request, Callable[[], Source]]:
-        fresh, fn = self._fresh(args, kwargs), self.__wrapped__
-        request = self._request([self._key(*args, **kwargs)], lambda *_: Call(fn, args, kwargs), fresh, (args, kwargs))
-        return request, lambda: fn(*args, **kwargs)
+    def _stream(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Cache, Request, Callable[[], Source]]:
+        bypass, fn, cache = self._bypasses(args, kwargs), self.__wrapped__, self.cache
+        request = self._request(cache, [self._key(*args, **kwargs)], lambda *_: Call(fn, args, kwargs), bypass, (args, kwargs))
+        return cache, request, lambda: fn(*args, **kwargs)
 
-    def _items(self, request: Request, begin: Callable[[], Source]) -> Any:
-        tape, place = drive(play(self.cache, request, begin)), 0
+    def _items(self, cache: Cache, request: Request, begin: Callable[[], Source]) -> Any:
+        tape, place = drive(play(cache, request, begin)), 0
         try:
             while (item := drive(read(tape, place))) is not END:
                 yield item
                 place += 1
             return tape.returned
         finally:
-            drive(self.cache.streams.leave(request.keys[0], tape))
+            drive(leave(cache, request, tape))
 
 
 class AsyncCachedGenerator(CachedGenerator[_P, _R]):
@@ -267,14 +255,14 @@ class AsyncCachedGenerator(CachedGenerator[_P, _R]):
 
     _run = staticmethod(adrive)
 
-    async def _items(self, request: Request, begin: Callable[[], Source]) -> Any:
-        tape, place = await adrive(play(self.cache, request, begin)), 0
+    async def _items(self, cache: Cache, request: Request, begin: Callable[[], Source]) -> Any:
+        tape, place = await adrive(play(cache, request, begin)), 0
         try:
             while (item := await adrive(read(tape, place))) is not END:
                 yield item
                 place += 1
         finally:
-            await adrive(self.cache.streams.leave(request.keys[0], tape))
+            await adrive(leave(cache, request, tape))
 
 # %% ../nbs/51_decorators.ipynb #0496a302
 _TEXTS = ("texts", "text", "input", "inputs", "sentences", "documents", "docs", "queries")
@@ -284,14 +272,12 @@ class _Lists:
     "The argument of an embedding function that may be a list of texts."
 
     def __init__(self, function: _Cached) -> None:
-        options, fn = function.options, function.__wrapped__
-        self.bind = Binder(fn, options.ignore, method=function._method)
+        self.bind, self.who = function._bind, function._identity
         own = list(function.parameters)[: function._method]  # `self`, where it is a method
         names = [p.name for p in self.bind.kept if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in own]
         self.name = next((name for name in _TEXTS if name in names), names[0] if names else "")
         self.place = list(function.parameters).index(self.name) if self.name else 0
-        self.kind, self.namespace = function.kind, options.namespace
-        self.who = identity(fn, options.namespace, options.version)
+        self.kind, self.namespace = function.kind, function.options.namespace
 
     def texts(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[str] | tuple[str, ...] | None:
         "The list of texts in a call, if there is one."
@@ -322,19 +308,21 @@ class _Listing(CachedFunction[_P, _R]):
     def _begin(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any] | Flow[Any]:
         if (texts := self._lists.texts(args, kwargs)) is None:
             return super()._begin(args, kwargs)
-        return self._ask_many(args, kwargs, texts, self._fresh(args, kwargs))
+        return self._ask_many(args, kwargs, texts, self._bypasses(args, kwargs))
 
-    def _ask_many(self, args: Sequence[Any], kwargs: dict[str, Any], texts: Sequence[str], fresh: bool) -> Flow[Any]:
+    def _ask_many(self, args: Sequence[Any], kwargs: dict[str, Any], texts: Sequence[str], bypass: bool) -> Flow[Any]:
         def compute(meta: dict[str, Any], positions: Sequence[int]) -> Effect:
             missing = [texts[position] for position in positions]
             again = self._lists.replaced(args, kwargs, tuple(missing) if type(texts) is tuple else missing)
             return CallForMissing(Call(self.__wrapped__, *again), self.name, meta)
-        return self._ask(self._lists.keys(args, kwargs, texts), compute, fresh, ROWS, (args, kwargs))
+        return self._ask(self.cache, self._lists.keys(args, kwargs, texts), compute, bypass, ROWS, (args, kwargs))
 
-    def _fields(self, args: Sequence[Any], kwargs: dict[str, Any], position: int = 0) -> dict[str, Any]:
-        fields = super()._fields(args, kwargs)
-        texts = self._lists.texts(args, kwargs)
-        return fields if texts is None else {**fields, self._lists.name: texts[position]}
+    def _fields(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Fields:
+        fields, texts, name = super()._fields(args, kwargs), self._lists.texts(args, kwargs), self._lists.name
+        if texts is None:
+            return fields
+        shared = functools.cache(lambda: fields(0))  # One binding for all texts, when the first is asked for
+        return lambda position: {**shared(), name: texts[position]}
 
     def key(self, *args: Any, **kwargs: Any) -> Any:
         "The key of a call; a list of keys for a list of texts."

@@ -26,6 +26,8 @@ def places(
     value: Any,
 ) -> Iterator[tuple[str, Any]]:  # Path and what is there
     "The places of a value, in order."
+    if hasattr(type(value), "__cache_key__"):
+        value = value.__cache_key__()
     if isinstance(value, Mapping) and all(type(key) is str for key in value):
         for key, inner in value.items():
             yield from places(f"{name}.{key}", inner)

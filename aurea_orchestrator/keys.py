@@ -15,7 +15,8 @@ from .errors import ConfigError
 from .forms import Form, encode
 
 # %% auto #0
-__all__ = ['KEY_VERSION', 'check_kind', 'check_namespace', 'prefix', 'Parts', 'split', 'is_key', 'make', 'key_for', 'make_many']
+__all__ = ['KEY_VERSION', 'check_kind', 'check_namespace', 'prefix', 'Parts', 'split', 'is_key', 'make', 'keyed', 'key_for',
+           'make_many']
 
 # %% ../nbs/11_keys.ipynb #221b95d8
 KEY_VERSION = 1  # Raise it whenever the bytes under the digest change: old answers are then simply not found
@@ -85,6 +86,24 @@ def make(
     return prefix(kind, namespace) + sha256(encode([KEY_VERSION, kind, namespace, who, fields])).hexdigest()
 
 # %% ../nbs/11_keys.ipynb #09449b10
+def keyed(
+    bind: Binder,                  # What is asked
+    who: Form,                     # Who is asked, as `call.identity` says it
+    kind: str,                     # As in `llm`
+    namespace: str | None = None,  # Behind which wall
+) -> Callable[..., str]:           # Called like the binder's function, it gives the key of that call
+    "Compile the way from a call to its key."
+    head = prefix(kind, namespace)
+    begun = sha256(encode([KEY_VERSION, kind, namespace, who, [bind.names, None]])[:-1])  # Without the None, in whose place the forms go
+
+    def digested(forms: Sequence[Form]) -> str:
+        state = begun.copy()
+        state.update(encode(forms))
+        return head + state.hexdigest()
+
+    return bind.compiled(lambda values: digested(bind.forms(values)), digested)
+
+
 def key_for(
     fn: Callable[..., Any],            # The function that is called
     kind: str,                         # As in `llm`
@@ -93,18 +112,8 @@ def key_for(
     ignore: str | Iterable[str] = (),  # Names that are left out
     method: bool = False,              # Whether its first parameter is `self` or `cls`
 ) -> Callable[..., str]:               # Called like `fn`, it gives the key of that call
-    "Compile the way from a call of `fn` to its key."
-    head, bind = prefix(kind, namespace), Binder(fn, ignore, method)
-    who = identity(fn, namespace, version)
-    same = encode([KEY_VERSION, kind, namespace, who, [bind.names, None]])
-    begun = sha256(same[:-1])  # Without the None, in whose place the forms go
-
-    def digested(forms: Sequence[Form]) -> str:
-        state = begun.copy()
-        state.update(encode(forms))
-        return head + state.hexdigest()
-
-    return bind.compiled(lambda values: digested(bind.forms(values)), digested)
+    "The same for a function, whose binder and identity are made for it."
+    return keyed(Binder(fn, ignore, method), identity(fn, namespace, version), kind, namespace)
 
 # %% ../nbs/11_keys.ipynb #212126f7
 def make_many(

@@ -26,7 +26,8 @@ from .steps import lookup, made, offline, store, usable, warn_once, worth
 from .streams import END, Again, Apart, Pull, Source, Tape
 
 # %% auto #0
-__all__ = ['KEPT', 'Loose', 'freeze', 'thaw', 'play', 'recorded', 'refresh', 'Recording', 'Said', 'Followed']
+__all__ = ['KEPT', 'Loose', 'freeze', 'thaw', 'berth', 'Recorded', 'recorded', 'play', 'for_one', 'refresh', 'leave', 'Recording',
+           'Said', 'Followed']
 
 # %% ../nbs/49_replay.ipynb #b8cd4549
 class Loose(NamedTuple):
@@ -49,46 +50,67 @@ def thaw(frozen: bytes | Loose) -> Any:
     return frozen.piece if isinstance(frozen, Loose) else codec.trusted(frozen)
 
 # %% ../nbs/49_replay.ipynb #edbdcbcd
+def berth(request: Request) -> str:
+    "Where a running stream is boarded: who blocks cannot read one that is awaited, nor the other way round."
+    return f"{request.keys[0]} awaited" if request.awaits else request.keys[0]
+
+
+class Recorded(NamedTuple):
+    "A stream as it was said."
+
+    pieces: list[Any]
+    returned: Any
+
+
+def recorded(reply: Reply) -> Recorded | None:
+    "A stored stream, thawed; None if the entry holds none, or a piece that cannot be read here."
+    try:
+        pieces, returned = reply.value
+        return Recorded([thaw(piece) for piece in pieces], thaw(returned))
+    except (TypeError, ValueError, CodecError):
+        return None
+
+# %% ../nbs/49_replay.ipynb #d94e809e
 def play(cache: Workings, request: Request, begin: Callable[[], Source]) -> Flow[Tape]:
     "request → key → lookup; reading the tape then leases, computes, stores and replies."
     (key,) = request.keys
-    fresh = request.bypass or not cache.looks
-    found = {} if fresh else (yield from lookup(cache, request, [key]))
-    if key in found:
+    bypass = request.bypass or not cache.looks
+    found = {} if bypass else (yield from lookup(cache, request, [key]))
+    if key in found and (said := recorded(found[key])) is not None:
         if found[key].outcome is Outcome.STALE:
             yield from refresh(cache, request, begin)
         cache.counts.asked(key)
         count(cache, request, [(found[key].outcome, found[key].cost)])
-        return recorded(found[key])
+        return for_one(Tape(items=said.pieces, returned=said.returned))
     if cache.current_mode == "offline":
         raise (yield from offline(cache, request, key))
-    if fresh:
-        tape = Recording(cache, request, begin).tape
-        tape.readers = 1
-        return tape
-    tape, led = cache.streams.board(key, lambda: Recording(cache, request, begin).tape)
+    if bypass:
+        return for_one(Recording(cache, request, begin).tape)
+    tape, led = cache.streams.board(berth(request), lambda: Recording(cache, request, begin).tape)
     if not led:
         count(cache, request, [(Outcome.SHARED, FREE)])
     return tape
 
 
-def recorded(reply: Reply) -> Tape:
-    "The tape of a stored stream."
-    pieces, returned = reply.value
-    tape = Tape(items=pieces, returned=thaw(returned), thaw=thaw)
+def for_one(tape: Tape) -> Tape:
+    "A tape with one reader, and no other to come."
     tape.readers = 1
     return tape
 
 
 def refresh(cache: Workings, request: Request, begin: Callable[[], Source]) -> Flow[None]:
     "Compute a stream again, beside, unless somebody does."
-    (key,) = request.keys
     recording = Recording(cache, request, begin, quiet=True)
-    tape, led = cache.streams.board(key, lambda: recording.tape)
+    tape, led = cache.streams.board(berth(request), lambda: recording.tape)
     if led:
         yield Apart(wake(Future()), recording.read_out)
     else:
-        yield from cache.streams.leave(key, tape)
+        yield from leave(cache, request, tape)
+
+
+def leave(cache: Workings, request: Request, tape: Tape) -> Flow[None]:
+    "Stop reading a tape that was played."
+    yield from cache.streams.leave(berth(request), tape)
 
 # %% ../nbs/49_replay.ipynb #178c2b43
 class _Opening:
@@ -118,12 +140,6 @@ class _Opening:
         self.reply(Outcome.BYPASS if self.request.bypass or not self.cache.looks else Outcome.MISS)
         return self.begin()
 
-    def stored(self, reply: Reply) -> Source:
-        "What another process has stored meanwhile."
-        pieces, returned = reply.value
-        self.reply(Outcome.HIT, reply.cost)
-        return Said([thaw(piece) for piece in pieces], thaw(returned))
-
     def reply(self, outcome: Outcome, cost: Cost = FREE) -> None:
         "Count how the call that opened this ended; once."
         if not self.replied and not self.quiet:
@@ -143,8 +159,9 @@ class _Opened(_Opening):
         try:
             [(blob, ours)] = yield from leases.acquire([self.key], token=run)
             reply = usable(self.cache, self.request, self.key, blob)
-            if reply is not None and reply.outcome is Outcome.HIT:
-                return self.stored(reply)
+            if reply is not None and reply.outcome is Outcome.HIT and (said := recorded(reply)) is not None:
+                self.reply(Outcome.HIT, reply.cost)
+                return Said(*said)
             if blob is not None:
                 [(_, ours)] = yield from leases.acquire([self.key], True, run)
         except StoreError as error:
@@ -179,7 +196,7 @@ class _Leading(_Opened):
             if not (self.ended or self.wished):
                 yield self.cache.leases.wait(self.heard)
             self.cache.leases.forget([self.key], self.heard)
-        if not self.ended and self.cache.streams.stay(self.key, self.tape):
+        if not self.ended and self.cache.streams.stay(berth(self.request), self.tape):
             yield from self.read_out()
 
     def read_out(self) -> Flow[None]:
@@ -192,7 +209,7 @@ class _Leading(_Opened):
                         yield from self.relay()
                 yield Pull(self.tape, there)
         finally:
-            yield from self.cache.streams.leave(self.key, self.tape)
+            yield from leave(self.cache, self.request, self.tape)
 
     def relay(self, *last: bytes) -> Flow[None]:
         "Put on the tape in the store what is not there yet."

@@ -44,6 +44,7 @@ class Request:
     meta: dict[str, Any] = field(default_factory=dict)# Facts to store with a new entry
     fields: Callable[[int], Mapping[str, Any]] | None = None  # The arguments of a position, by name; to explain a miss
     who: str = ""                                     # A digest of who is asked: another one, another function
+    awaits: bool = False                              # Of a stream: whether it is awaited, and so not to be read by one who blocks
 
 
 class Reply(NamedTuple):
@@ -72,7 +73,7 @@ class Workings:
         ttl: float = 3600.0,                             # Seconds that an entry is kept
         ttls: Mapping[str, float] | None = None,         # The same by kind; default: embeddings a day
         enabled: bool = True,                            # False: compute everything, store nothing; as mode="off"
-        mode: str = "on",                                # on, refresh, offline, off; see `modes`
+        mode: str = "on",                                # on, refresh, offline, off; see `request`
         explain: Allowed = "digest",                     # What entries remember of their arguments; see `facts`
         finish: bool = False,                            # Finish a computation that everybody has left
         jitter: float = 0.0,                             # Shorten each ttl by up to this part, so that not all end together

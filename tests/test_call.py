@@ -189,6 +189,20 @@ def test_cls_is_its_name():
     assert bind(Agent, "hi") == bind(Agent, "hi") != bind(Sub, "hi")
 
 
+def test_the_values_that_are_in_the_key_are_told_by_name_and_no_others():
+    class Bot:
+        def __init__(self, model, key): self.model, self.key = model, key
+        def ask(self, prompt, *rest, client=None, **options): ...
+    told = Binder(Bot.ask, ("self.key", "client", "api_key"), method=True).named(Bot("m", "sk-1"), "hi", 1, client="sk-2", api_key="sk-3", stop="s", bypass_cache=True)
+    assert told == {"self": f"{__name__}.{Bot.__qualname__}", "self.model": "m", "prompt": "hi", "rest": (1,), "options": {"stop": "s"}}
+    assert Binder(Bot.ask, ("self", "rest", "options"), method=True).named(Bot("m", "sk-1"), "hi", 1, x=2) == {"prompt": "hi", "client": None}
+    class Own(Bot):
+        def __cache_key__(self): return self.model
+    own = Own("m", "sk-1")
+    assert Binder(Bot.ask, method=True).named(own, "hi")["self"] is own                     # `facts` asks it for its key
+    assert Binder(Agent.make.__func__, method=True).named(Agent, "m")["cls"] == f"{__name__}.Agent"
+
+
 def test_annotations_that_name_what_does_not_exist_do_not_matter():
     def ask(prompt: Nowhere, x: Missing[int] = 1) -> Nothing: ...  # noqa: F821
     assert Binder(ask)("hi") == Binder(ask)(prompt="hi", x=1)
@@ -375,6 +389,13 @@ def test_in_main_it_is_the_code_too(tmp_path):
 def test_a_lambda_is_always_its_code_too(tmp_path):
     one, two = load(tmp_path, "asked = lambda x: x"), load(tmp_path, "asked = lambda x: -x")
     assert who(one) != who(two) and who(one, "team") != who(two, "team") and who(one, version=1) == who(two, version=1)
+
+
+def test_a_stream_is_no_plain_function(tmp_path):
+    plain, other, stream, awaited = (load(tmp_path, s) for s in ("def asked(): return 1", "async def asked(): return 1", "def asked(): yield 1", "async def asked(): yield 1"))
+    for how in ({}, {"namespace": "team"}, {"version": 1}):
+        assert who(plain, **how) == who(other, **how) != who(stream, **how) == who(awaited, **how)
+    assert who(functools.partial(plain)) != who(functools.partial(stream))
 
 
 class Model(Enum): A, B = "a", "b"

@@ -18,10 +18,12 @@ import numpy as np
 import pydantic
 import pytest
 
-from aurea_orchestrator import Cache, cache_embedding, cache_llm_response, cached, get_cache, use_cache
+from aurea_orchestrator import Cache, cache_embedding, cache_llm_response, cached, codec, get_cache, replay, use_cache
+from aurea_orchestrator.call import Binder
 from aurea_orchestrator.effects import drive
 from aurea_orchestrator.errors import BatchError, ConfigError, StoreError, UnkeyableError
 from aurea_orchestrator.events import Clock
+from aurea_orchestrator.facts import digest
 from aurea_orchestrator.stores.base import Item
 from aurea_orchestrator.stores.memory import MemoryStore
 
@@ -555,6 +557,108 @@ def test_streams_are_replayed_item_for_item(counting):
     assert whole(stream("p")) == whole(stream("p")) == (pieces, {"usage": 3}) and len(counting) == 1
 
 
+def test_what_is_stored_under_the_key_of_a_stream_and_is_none_is_no_answer(cache, counting):
+    @cache_llm_response
+    def stream(prompt):
+        counting.calls.append(1)
+        yield from "abc"
+    def put(value):
+        key = stream.key("p")
+        drive(cache.store.put_many([Item(key, codec.encode(value, born=cache.clock.now(), ttl=60.0, seal=key.encode()), 60.0)]))
+    frozen = replay.freeze(None)
+    for n, value in enumerate([None, 5, "ab", "hello", ["a", "b"], {"a": 1, "b": 2}, [[b"x"], frozen], [["x"], frozen], [5, frozen], [[], b""], [frozen, frozen], [[], None], [[frozen]]], 1):
+        put(value)
+        assert list(stream("p")) == ["a", "b", "c"] and len(counting) == n, value
+        assert list(stream("p")) == ["a", "b", "c"] and len(counting) == n, value
+
+
+def test_a_function_that_became_a_stream_is_another(counting):
+    def made(source):
+        exec(f"@cache_llm_response\ndef ask(prompt): {source}", space := {"cache_llm_response": cache_llm_response, "__name__": "some_module"})
+        return space["ask"]
+    plain, stream = made("return ['a', 'b']"), made("yield from 'abc'")
+    for _ in range(2): assert plain("p") == ["a", "b"] and list(stream("p")) == ["a", "b", "c"]
+    assert stream.cache_clear() == 1 and plain.cache_clear() == 1
+
+
+@pytest.mark.parametrize("first_awaits", [False, True])
+def test_a_blocking_and_an_awaited_stream_share_what_is_stored_and_not_a_running_one(first_awaits, counting):
+    gate = threading.Event()
+    def blocking():
+        def ask(prompt):
+            counting.calls.append("blocking")
+            for word in "abc": yield word; assert gate.wait(20)
+        ask.__qualname__ = "ask"
+        return cache_llm_response(namespace="bot", version=1)(ask)
+    def awaiting():
+        async def ask(prompt):
+            counting.calls.append("awaiting")
+            for word in "abc":
+                yield word
+                while not gate.is_set(): await asyncio.sleep(0.001)
+        ask.__qualname__ = "ask"
+        return cache_llm_response(namespace="bot", version=1)(ask)
+    one, other, got = blocking(), awaiting(), {}
+    def read(): got["blocking"] = []; got["blocking"].extend(one("p"))
+    def aread():
+        async def all():
+            async for word in other("p"): got.setdefault("awaiting", []).append(word)
+        asyncio.run(all())
+    assert one.key("p") == other.key("p")
+    threads = [threading.Thread(target=run) for run in ((aread, read) if first_awaits else (read, aread))]
+    for n, thread in enumerate(threads, 1):
+        thread.start()
+        deadline = time.monotonic() + 20
+        while len(counting) < n and time.monotonic() < deadline: time.sleep(0.005)
+    gate.set()
+    for thread in threads: thread.join(20)
+    assert got == {"blocking": ["a", "b", "c"], "awaiting": ["a", "b", "c"]} and sorted(counting.calls) == ["awaiting", "blocking"]
+    read()
+    aread()
+    assert got["blocking"] == ["a", "b", "c"] and got["awaiting"] == ["a", "b", "c"] * 2 and len(counting) == 2
+
+
+def test_a_stream_keeps_to_the_cache_it_was_asked_of(cache):
+    @cache_llm_response
+    def stream(prompt): yield from "abc"
+    @cache_llm_response
+    async def awaited(prompt):
+        for item in "abc": yield item
+    inner = Cache.from_url("memory://")
+    with use_cache(inner):
+        begun, asked = stream("1"), stream("2")
+        next(begun)
+    assert [*begun] == ["b", "c"] and [*asked] == ["a", "b", "c"]
+    async def both():
+        with use_cache(inner):
+            begun, asked = awaited("1"), awaited("2")
+            await anext(begun)
+        return [item async for item in begun], [item async for item in asked]
+    assert asyncio.run(both()) == (["b", "c"], ["a", "b", "c"])
+    assert (len(inner.streams), len(cache.streams)) == (0, 0)
+    assert (inner.stats()["llm"]["misses"], cache.stats()["llm"]["misses"]) == (4, 0)
+
+
+def test_to_collect_a_stream_builds_no_cache(cache, monkeypatch):
+    @cache_llm_response
+    def stream(prompt): yield from "abc"
+    begun = stream("p")
+    next(begun)
+    monkeypatch.setattr("aurea_orchestrator.decorators.get_cache", lambda: pytest.fail("the default cache was asked for"))
+    begun.close()
+    assert len(cache.streams) == 0
+
+
+@pytest.mark.parametrize("nature", ["plain", "list"])
+def test_one_call_asks_once_which_cache_it_uses(cache, nature, monkeypatch):
+    asked = []
+    monkeypatch.setattr("aurea_orchestrator.decorators.get_cache", lambda: asked.append(1) or cache)
+    ask = (cache_llm_response if nature == "plain" else cache_embedding)(lambda texts: [[1.0]] * len(texts))
+    for n, verb in enumerate([ask, ask, ask.explain, ask.refresh, ask.invalidate, ask.invalidate], 1):
+        verb(["p", "q"])
+        assert len(asked) == n, verb
+
+
 def test_a_stream_that_is_left_or_fails_is_not_stored(counting):
     closed = []
     @cache_llm_response
@@ -788,3 +892,76 @@ def test_functions_of_one_name_keep_their_answers_apart(counting):
     assert (one("p"), two("p")) == ("1", "2") and one.cache_clear() == 1
     assert (two("p"), one("p")) == ("2", "1") and counting.calls == ["1", "2", "1"]
     assert one.explain("p").outcome == "hit" and "source" in made("3").explain("p").why
+
+
+# ---- what an entry remembers
+
+@pytest.mark.parametrize("mode", ["text", "digest"])
+def test_what_is_ignored_is_remembered_nowhere(mode):
+    cache = Cache.from_url("memory://", explain=mode)
+    class Known:
+        def __init__(self, model, key): self.model, self.key = model, key
+        def __repr__(self): return f"Known({self.model!r}, {self.key!r})"
+    class Client(Known):
+        def __cache_key__(self): return self.model
+    class Bot(Known):
+        @cache_llm_response(cache=cache, ignore=("self.key", "api_key"))
+        def ask(self, prompt, client=None, **options): return prompt.upper()
+        @cache_llm_response(cache=cache, ignore=("self.key", "api_key"))
+        def stream(self, prompt, client=None, **options): yield prompt.upper()
+        @cache_embedding(cache=cache, ignore=("self.key", "api_key"))
+        def embed(self, texts, client=None, **options): return [[1.0] for _ in texts]
+    args = []
+    for verb, asked in ((Bot.ask, "p"), (Bot.stream, "p"), (Bot.embed, ["p", "q"])):
+        call = (Bot("m", "sk-SECRET-1"), asked, Client("c", "sk-SECRET-2"))
+        list(verb(*call, api_key="sk-SECRET-3", temperature=0.2))
+        keys = verb.key(*call, temperature=0.2)
+        args += [codec.header(cache.store.peek(key)).meta["args"] for key in ([keys] if isinstance(keys, str) else keys)]
+        told = verb.explain(Bot("m", "sk-SECRET-4"), asked, Client("d", "sk-SECRET-5"), api_key="sk-SECRET-6", temperature=0.7)
+        for one in told if isinstance(told, list) else [told]:
+            assert "SECRET" not in repr(one) and {d.path for d in one.differences} - {"texts"} == {"client", "options.temperature"}
+    secret = {digest(f"sk-SECRET-{n}") for n in range(1, 7)}
+    assert len(args) == 4 and all("SECRET" not in repr(one) and not secret & {what[:8] for what in one.values()} for one in args)
+
+
+def test_agents_are_remembered_by_class_and_attributes():
+    cache = Cache.from_url("memory://", explain="text")
+    class Bot:
+        def __init__(self, model, key): self.model, self.key = model, key
+        def __repr__(self): return f"Bot({self.model!r}, {self.key!r})"
+        @cache_llm_response(cache=cache, ignore=("self.key",))
+        def ask(self, prompt): return prompt
+    class Other(Bot): pass
+    Bot("small", "sk-SECRET-1").ask("hi")
+    [where] = Bot("large", "sk-SECRET-2").ask.explain("hi").differences
+    assert tuple(where) == ("self.model", "large", "small")
+    [where] = Other("small", "sk-SECRET-2").ask.explain("hi").differences
+    assert where.path == "self" and where.now.endswith("Other") and where.before.endswith("Bot")
+    args = codec.header(cache.store.peek(Bot.ask.key(Bot("small", ""), "hi"))).meta["args"]
+    assert list(args) == ["self", "self.model", "prompt"] and "SECRET" not in repr(args)
+
+
+def test_a_list_of_texts_is_bound_once(monkeypatch):
+    cache, bound = Cache.from_url("memory://"), []
+    @cache_embedding(cache=cache)
+    def embed(texts, model="m"): return [[1.0] for _ in texts]
+    named = Binder.named
+    monkeypatch.setattr(Binder, "named", lambda self, *args, **kwargs: bound.append(1) or named(self, *args, **kwargs))
+    texts = [f"text {n}" for n in range(50)]
+    embed(texts)
+    assert len(bound) == 1
+    args = [codec.header(cache.store.peek(key)).meta["args"] for key in embed.key(texts)]
+    assert [one["texts"] for one in args] == [digest(text) for text in texts] and {one["model"] for one in args} == {digest("m")}
+    assert [one.outcome for one in embed.explain(texts)] == ["hit"] * 50 and len(bound) <= 2
+
+
+def test_who_is_asked_is_what_it_was_at_decoration(cache, counting):
+    def make(model):
+        @cache_llm_response
+        def ask(prompt): counting.calls.append(1); return model
+        def change(other): nonlocal model; model = other
+        return ask, change
+    (one, change), (again, _), (changed, _) = make("a"), make("a"), make("b")
+    change("b")
+    assert one.key("p") == again.key("p") != changed.key("p") and one("p") == "b"
+    assert again.cache_clear() == 1, "an entry of `one`, whoever it says that it is"

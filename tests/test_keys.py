@@ -61,6 +61,14 @@ def test_everything_that_is_asked_and_who_is_asked_is_in_the_key():
     assert len({split(key).digest for key in keys}) == len(keys)
 
 
+def test_a_function_that_became_a_stream_has_other_keys():
+    def made(source: str) -> Any:
+        exec(source, space := {"__name__": "some_module"})
+        return space["ask"]
+    plain, stream = made("def ask(prompt): return 'hello'"), made("def ask(prompt): yield 'hello'")
+    for how in ({}, {"namespace": "team"}, {"version": 1}): assert key_for(plain, "llm", **how)("p") != key_for(stream, "llm", **how)("p")
+
+
 @pytest.mark.parametrize("one, two", [
     ((["a", "b"],), (["a:b"],)), ((None,), ("",)), ((1,), ("1",)), ((1,), (True,)), ((1,), (1.0,)), (("a", "b"), ("ab", "")), (("a\0b",), ("a", "b")), (("", "a"), ("a", "")),
 ])

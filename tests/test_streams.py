@@ -136,14 +136,20 @@ async def test_awaited_too_and_many_join(two):
     assert all(one == pieces for one in got) and source.begun == 1
 
 
-def test_nobody_follows_then_nothing_is_told_and_nothing_is_read_ahead(two):
+def test_nobody_follows_then_nothing_is_told_and_nothing_is_read_ahead(two, monkeypatch):
+    told, relay = [], type(two[0].store).relay
+    def counted(self, key, run, place, records, ttl):
+        told.extend([list(records)] * any(self is cache.store for cache in two))
+        return (yield from relay(self, key, run, place, records, ttl))
+    monkeypatch.setattr(type(two[0].store), "relay", counted)
     source = Source(list(range(1000)))
     stream = source.blocking(two[0])("p")
     assert list(itertools.islice(stream, 3)) == [0, 1, 2] and source.said == [0, 1, 2]
     time.sleep(0.2)
-    assert source.said == [0, 1, 2]
+    assert source.said == [0, 1, 2] and told == [], "the store was told of, or asked about, a stream that nobody follows"
     stream.close()
     assert [*source.blocking(two[1])("p")] == source.items and source.begun == 2  # Its lease was given back at once
+    assert not any(told), "pieces were put into the store for nobody"
 
 
 def test_the_leader_pauses_or_leaves_and_the_joiner_goes_on(two):
