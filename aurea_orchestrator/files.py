@@ -117,9 +117,9 @@ class _Door(_Opened):
         "See to it that a link is open, on the file that is there now."
         self._leave(link)
         if link.db is None:
-            _mind_forks()
             came = time.monotonic()
             with _opening:
+                _mind_forks()
                 if self._failed is not None and came < self._failed[0]:
                     raise copy(self._failed[1])
                 try:
@@ -164,8 +164,9 @@ class Links(_Door):
 
     def look_again(self) -> None:
         "Have every connection look whether its file is still there before it is used, and not only each second."
-        for link in list(self._mine):
-            link.checked = float("-inf")
+        with _opening:  # Other threads add theirs
+            for link in list(self._mine):
+                link.checked = float("-inf")
 
     def close(self) -> None:
         "Close the connections of all threads; they open again when they are used again."

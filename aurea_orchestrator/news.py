@@ -198,24 +198,8 @@ class _Watch:
         return False
 
 # %% ../nbs/14_news.ipynb #50fe4e19
-class _Watching(_Watch):
-    "Listens and looks in turn."
-
-    def run(self) -> None:
-        "What the thread does."
-        due = 0.0
-        try:
-            while not self.stop.is_set():
-                self._listen(max(0.0, due - time.monotonic()))
-                if (now := time.monotonic()) >= due:
-                    due = now + self._check()
-        finally:
-            self._deaf()
-            if self.pipe:
-                self.pipe.path.unlink(missing_ok=True)
-                self.pipe.close()
-                with suppress(OSError):  # Others listen
-                    self.folder.rmdir()
+class _Looking(_Watch):
+    "Looks at the count, and judges what was heard."
 
     def _check(self) -> float:
         "Look at the count; seconds until the next look."
@@ -241,6 +225,31 @@ class _Watching(_Watch):
         self.until = sure + GOOD
         return GRACE if (self._tally.known or 0) < changes else LOOK
 
+# %% ../nbs/14_news.ipynb #cee4e4b6
+class _Watching(_Looking):
+    "Listens and looks in turn."
+
+    def run(self) -> None:
+        "What the thread does."
+        due = 0.0
+        try:
+            while not self.stop.is_set():
+                try:
+                    self._listen(max(0.0, due - time.monotonic()))
+                    if (now := time.monotonic()) >= due:
+                        due = now + self._check()
+                except Exception:
+                    _log.exception("listening at %s failed, and begins anew", self.folder)
+                    self._deaf()
+                    self.stop.wait(1)
+        finally:
+            self._deaf()
+            if self.pipe:
+                self.pipe.path.unlink(missing_ok=True)
+                self.pipe.close()
+                with suppress(OSError):  # Others listen
+                    self.folder.rmdir()
+
 # %% ../nbs/14_news.ipynb #474af9b6
 class _Listeners:
     "Who listens."
@@ -263,6 +272,8 @@ class _Listeners:
         def stop() -> None:
             with self._lock:
                 self._all = tuple(each for each in self._all if each is not own)
+                if not self._all:
+                    self._end()
 
         with self._lock:
             self._all += (own,)
@@ -271,6 +282,13 @@ class _Listeners:
 
     def until(self) -> float:
         raise NotImplementedError
+
+    def _end(self) -> threading.Thread | None:
+        "Have the thread end; which one that is. Under the lock."
+        watch, self._watch = self._watch, None
+        if watch:
+            watch.stop.set()
+        return self._thread if watch else None
 
     def _hear(self, keys: Sequence[str] | None) -> None:
         for heard in self._all:
@@ -291,9 +309,10 @@ class News(_Listeners):
         return watch.until if watch else 0.0
 
     def _begin(self) -> None:
-        _mind_forks()
+        with _making:
+            _mind_forks()
         with self._lock, suppress(RuntimeError):  # No thread begins when the interpreter ends
-            if self._watch is None:
+            if self._watch is None and self._all:
                 watch = _Watching(self.folder, self._look, self._hear)
                 self._thread = threading.Thread(target=watch.run, name="aurea-ears", daemon=True)
                 self._thread.start()
@@ -303,11 +322,9 @@ class News(_Listeners):
     def close(self) -> None:
         "End the thread and remove the pipe; who listens will hear again when he asks `until`."
         with self._lock:
-            watch, self._watch, thread = self._watch, None, self._thread
-        if watch:
-            watch.stop.set()
-            if thread and thread is not threading.current_thread():
-                thread.join(2)
+            thread = self._end()
+        if thread and thread is not threading.current_thread():
+            thread.join(2)
 
     def forked(self) -> None:
         "In a child: there is no thread any more."

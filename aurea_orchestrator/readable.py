@@ -34,13 +34,8 @@ class Payload(NamedTuple):
 def payload_of(
     blob: bytes,  # A checked entry
 ) -> Payload:
-    "What an entry holds, not decoded. Raises `DamagedEntryError`."
-    start = len(codec.encode(b"", **_facts(blob))) - 4
-    return Payload(blob[3], blob[start:-4])
-
-
-def _facts(blob: bytes) -> dict[str, Any]:
-    return codec.header(blob)._asdict()
+    "What an entry holds, not decoded."
+    return Payload(blob[3], blob[len(codec.head(blob)) - 4 : -4])
 
 
 def sealed(

@@ -41,7 +41,8 @@ def fields(
     kind: Any = type(value)
     model = getattr(sys.modules.get("pydantic"), "BaseModel", ())
     if isinstance(value, model):
-        return [*vars(value).items(), *(value.__pydantic_extra__ or {}).items()]
+        declared = kind.model_fields
+        return [*[pair for pair in vars(value).items() if pair[0] in declared], *(value.__pydantic_extra__ or {}).items()]
     if dataclasses.is_dataclass(kind):
         names: Iterable[str] = (field.name for field in dataclasses.fields(kind))
     elif isinstance(value, msgspec.Struct):

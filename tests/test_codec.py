@@ -33,6 +33,7 @@ from openai.types.chat import ChatCompletion
 from aurea_orchestrator.codec import Entry, batch, check, current, decode, encode, header, trusted
 from aurea_orchestrator.errors import DamagedEntryError, UnstorableError
 from aurea_orchestrator.events import Cost
+from aurea_orchestrator.readable import payload_of
 from aurea_orchestrator.records import made, shape_of
 from aurea_orchestrator.values import FLOAT32, FLOAT64, to_payload
 
@@ -713,6 +714,15 @@ def test_the_header_says_what_was_written():
     assert decode(encode([1], born=0.0, cost=Cost(0.5, 20, 100, 0.001))).cost == Cost(0.5, 20, 100, 0.001)
     assert header(blob) == decode(blob, b"llm:1")[1:] and trusted(blob) == [1] and check(blob, b"llm:1") is None
     assert decode(encode(None, born=0.0)) == Entry(None, 0.0, None, Cost(), {}) and header(encode(0, born=0.0, ttl=0.0)).ttl == 0.0
+
+
+def test_a_payload_is_found_behind_facts_that_another_would_write_shorter():
+    facts = b"\x81\xa1a\xcf" + bytes(7) + b"\x01"  # {"a": 1}, where the 1 takes nine bytes
+    plain = encode("gold", born=1.0)
+    body = plain[:28] + len(facts).to_bytes(4, "little") + facts + plain[32:-4]
+    blob = body + zlib.crc32(body).to_bytes(4, "little")
+    assert decode(blob) == Entry("gold", 1.0, None, Cost(), {"a": 1})
+    assert payload_of(blob) == payload_of(plain) == (plain[3], b"gold")
 
 
 def test_raw_bytes_and_texts_lie_in_the_entry_as_they_are():

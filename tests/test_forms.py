@@ -8,6 +8,7 @@ import pathlib
 import re
 import string
 import threading
+import types
 import typing
 import uuid
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -239,6 +240,25 @@ def test_pydantic():
         children: list[Node] = []
     Node.model_rebuild(_types_namespace={"Node": Node})
     assert written(Node) and written(Node(text="a", children=[Node(text="b")])) != written(Node(text="a", children=[Node(text="c")]))
+
+
+def lasting(*bases: type, **more: Any) -> type:
+    "A class with one field and something that is computed from it once."
+    def length(self): return len(self.text)
+    def client(self): return Client()
+    body = {"__annotations__": {"text": str}, "__module__": "m", "__qualname__": "Lasting", **more, "length": cached_property(length), "client": cached_property(client)}
+    for name in ("length", "client"): body[name].__set_name__(None, name)
+    return types.new_class("Lasting", bases, {"dict": True} if msgspec.Struct in bases else {}, lambda space: space.update(body))
+
+
+def test_what_was_computed_from_the_fields_is_no_field():
+    attrs, pydantic = pytest.importorskip("attrs"), pytest.importorskip("pydantic")
+    open_too = lasting(pydantic.BaseModel, model_config={"extra": "allow"})
+    for kind in (lasting(pydantic.BaseModel), open_too, dataclasses.dataclass(lasting()), attrs.define(lasting()), attrs.define(slots=False)(lasting()), lasting(msgspec.Struct)):
+        one = kind(text="kind")
+        before = written(one)
+        assert one.length == 4 and one.client and written(one) == before == written(kind(text="kind")) != written(kind(text="unkind"))
+    assert len({written(open_too(text="a", **more)) for more in ({}, {"b": 1}, {"b": 2})}) == 3
 
 
 def test_numpy():

@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 
-from aurea_orchestrator import news
+from aurea_orchestrator import files, news
 from aurea_orchestrator.effects import adrive, drive
 from aurea_orchestrator.errors import StoreError, StoreUnavailableError
 from aurea_orchestrator.files import grow
@@ -232,6 +233,17 @@ class TestFile:
         drive(store.delete([key(1)]))
         assert check(path) == 0 and changes(path) == 2
 
+    def test_a_file_of_the_third_version_begins_its_tapes_anew(self, path: Path, store: SqliteStore) -> None:
+        db = sqlite3.connect(path, isolation_level=None)
+        grow(db, path, sqlite.APPLICATION_ID, sqlite.STEPS[:3], sqlite.FRESH)
+        db.execute("INSERT INTO leases VALUES (?, 'run', 3e9)", (key(1),))
+        db.executemany("INSERT INTO tapes VALUES (?, 'run', ?, x'', 3e9)", [(key(1), place) for place in (-1, 0, 1)])
+        db.close()
+        assert drive(store.relay(key(1), "run", 2, [b"c"], 60)) == -1  # Nobody wishes for it any more
+        assert drive(store.follow(key(1), "run", 2)) == (("run", [], True))
+        assert [drive(store.relay(key(1), "run", *what, 60)) for what in ((3, [b"d"]), (0, [b"a", b"b", b"c", b"d"]))] == [0, 4]
+        assert drive(store.follow(key(1), "run", 2)) == (("run", [b"c", b"d"], True))
+
     def test_what_counts_as_a_change(self, path: Path) -> None:
         clock = Clock()
         store = SqliteStore(path, max_bytes=20 * (1000 + 2 * len(key(0)) + sqlite.OVERHEAD_BYTES), timeout=5, clock=clock)
@@ -280,6 +292,47 @@ class TestFile:
         finally:
             os.chmod(shelf, 0o755)
             shutil.rmtree(shelf)
+
+
+class TestTapes:
+    def on_a_tape(self, clock: Clock, path: Path) -> SqliteStore:
+        store = SqliteStore(path, timeout=5, clock=clock)
+        drive(store.acquire([key(1)], "run", LONG))
+        drive(store.follow(key(1), "", 0))
+        return store
+
+    def test_a_record_costs_the_same_however_long_the_tape(self, path: Path) -> None:
+        store, steps, costs = self.on_a_tape(Clock(), path), [0], []
+        store._shelf.links.writer.db.set_progress_handler(lambda: steps.__setitem__(0, steps[0] + 1), 1)
+        for place in range(1500):
+            before = steps[0]
+            assert drive(store.relay(key(1), "run", place, [b"x" * 60], 60)) == place + 1
+            costs.append(steps[0] - before)
+        assert max(costs[1000:]) < 1.2 * max(costs[1:10])
+        drive(store.shut())
+
+    def test_a_tape_is_kept_and_goes_as_a_whole(self, path: Path) -> None:
+        clock = Clock()
+        store = self.on_a_tape(clock, path)
+        for place in range(3):
+            drive(store.relay(key(1), "run", place, [b"x"], 60))
+            clock.now += 50
+        assert drive(store.follow(key(1), "run", 0)).records == [b"x"] * 3  # The last one keeps the first
+        clock.now += 10
+        assert drive(store.follow(key(1), "run", 0)).records == []  # And a new wish
+        db = sqlite3.connect(path)
+        assert db.execute("SELECT place FROM tapes").fetchall() == [(-1,)]
+        db.close()
+        drive(store.settle([], [key(1)], "run"))
+        clock.now += LONG
+        drive(store.bump({"n": 1}))
+        db = sqlite3.connect(path)
+        assert db.execute("SELECT count(*) FROM tapes").fetchone() == (0,)
+        db.close()
+        drive(store.shut())
+
+    def test_where_nobody_leads_no_wish_is_left(self, path: Path, store: SqliteStore) -> None:
+        assert drive(store.follow(key(1), "", 0)) == ("", [], False) and changes(path) == 0
 
 
 class TestEars:
@@ -354,6 +407,55 @@ for n in range(150):
         stops[1]()
         drive(other.put_many([Item(key(1), b"one", 60)]))
         assert eventually(lambda: key(1) in heard.names and second.all == [[key(1)]]) and first.all == []
+
+    def test_the_thread_ends_with_the_last_listener(self, path: Path, store: SqliteStore, other: SqliteStore) -> None:
+        def ears() -> int: return sum(t.name == "aurea-ears" for t in threading.enumerate())
+        heard = Heard()
+        drive(store.ping())
+        stops = [store.ears().listen(one) for one in (heard, Heard())]
+        assert eventually(lambda: len(pipes(path)) == 1) and ears() == 1
+        stops[1]()
+        drive(other.put_many([Item(key(1), b"one", 60)]))
+        assert eventually(lambda: key(1) in heard.names) and ears() == 1
+        stops[0]()
+        stops[0]()
+        assert eventually(lambda: ears() == 0 and not pipes(path)) and store.ears().until() == 0.0
+        store.ears().listen(heard)
+        assert eventually(lambda: store.ears().until() > time.monotonic()) and ears() == 1
+        drive(other.put_many([Item(key(2), b"two", 60)]))
+        assert eventually(lambda: key(2) in heard.names)
+
+    def test_an_error_that_nobody_expected_ends_nothing(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        heard, wrong = Heard(), [False]
+
+        def look() -> tuple[str, int, list[str]]:
+            if wrong[0]: raise RuntimeError("Set changed size during iteration")
+            return "file", 1, []
+
+        ears = news.News(tmp_path / "ears", look)
+        ears.listen(heard)
+        try:
+            assert eventually(lambda: ears.until() > time.monotonic())
+            wrong[0] = True
+            assert eventually(lambda: ears.until() == 0.0) and heard.all == [None, None]
+            wrong[0] = False
+            assert eventually(lambda: ears.until() > time.monotonic())
+            assert "begins anew" in caplog.text and "Set changed size" in caplog.text
+            with open(next((tmp_path / "ears").glob("*.ear")), "wb") as pipe: pipe.write(b"[Infinity, 1, []]\n" + b"[" * 100_000 + b"\n")  # Neither is a ValueError
+            assert eventually(lambda: len(heard.all) > 3) and eventually(lambda: ears.until() > time.monotonic())
+        finally: ears.close()
+
+    def test_connections_are_counted_while_none_is_added(self, store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Guarded(WeakSet[files.Link]):
+            def __iter__(self) -> Iterator[files.Link]:
+                assert files._opening.locked()  # An `add` of another thread would be an error in the midst of this
+                return super().__iter__()
+
+        drive(store.ping())
+        links = store._shelf.links
+        monkeypatch.setattr(links, "_mine", Guarded(links._mine.copy()))
+        links.look_again()
+        assert links.writer.checked == float("-inf")
 
     def test_a_listener_that_fails_harms_nobody(self, store: SqliteStore, other: SqliteStore, caplog: pytest.LogCaptureFixture) -> None:
         store.ears().listen(lambda keys: 1 / 0)  # Before the other, and it does not take the thread with it

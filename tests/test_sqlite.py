@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -380,6 +381,63 @@ class TestHindered:
         assert drive(store.get_many([key(1)])) == [None]
         drive(store.put_many([Item(key(1), b"then", 60)]))
         assert drive(store.get_many([key(1)])) == [b"then"]
+
+
+class TestLong:
+    "Writes that are too long for one transaction."
+
+    def told(self, store: SqliteStore) -> list[str]:
+        "What is done to the file from now on."
+        drive(store.ping())
+        done: list[str] = []
+        store._shelf.links.writer.db.set_trace_callback(done.append)
+        return done
+
+    @pytest.mark.parametrize("size, n, transactions", [(10, 1000, 1), (10, 2500, 3), (12_288, 250, 1), (12_288, 1000, 4), (20_000_000, 3, 3)])
+    def test_comes_in_parts(self, path: Path, store: SqliteStore, size: int, n: int, transactions: int) -> None:
+        done = self.told(store)
+        drive(store.put_many([Item(key(m), bytes(size), 60) for m in range(n)]))
+        assert done.count("COMMIT") == done.count("BEGIN IMMEDIATE") == transactions
+        assert drive(store.info())["entries"] == n
+        done.clear()
+        assert drive(store.delete([key(m) for m in range(n)])) == n
+        assert done.count("COMMIT") == -(-n // 1000)
+        drive(store.shut())
+        assert check(path) == 0
+
+    def test_leases_are_given_back_with_the_last_part(self, store: SqliteStore) -> None:
+        keys = [key(n) for n in range(2500)]
+        drive(store.acquire(keys, "a", 60))
+        done = self.told(store)
+        drive(store.settle([Item(k, b"x", 60) for k in keys], keys, "a"))
+        ends = [at for at, what in enumerate(done) if what == "COMMIT"]
+        assert [at for at, what in enumerate(done) if what.startswith("DELETE FROM leases WHERE token")] > ends[-2:-1] and len(ends) == 3
+        assert drive(store.acquire(keys, "b", 60)) == [(b"x", False)] * 2500
+        drive(store.settle([], keys[:3], "a"))  # With nothing to store
+
+    def test_of_several_with_one_key_the_last_whatever_the_part(self, store: SqliteStore) -> None:
+        drive(store.put_many([Item(key(n % 1500), b"%d" % n, 60) for n in range(3000)]))
+        assert drive(store.get_many([key(0), key(1499)])) == [b"1500", b"2999"]
+
+    def test_others_write_between_the_parts(self, path: Path, store: SqliteStore) -> None:
+        drive(store.ping())
+        begun, done, part = path.with_name("begun"), path.with_name("done"), store._shelf.put_part
+        writer = elsewhere("""
+begun, done = sys.argv[2:]
+while not os.path.exists(begun): time.sleep(0.001)
+for n in range(20): drive(store.put_many([Item(key(n), b'brief', 3e9)]))
+open(done, 'w').close()
+""", path, begun, done)
+        seen: list[bool] = []
+
+        def watched(*what: Any) -> None:
+            part(*what)
+            begun.touch()
+            seen.append(done.exists())
+
+        store._shelf.put_part = watched  # type: ignore[method-assign]
+        drive(store.put_many([Item(key(1000 + n), bytes(12_288), 60) for n in range(10_000)]))
+        assert ended(writer) and seen[-1]  # The other was done before the end
 
 
 def as_nobody(call: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
 """Every store keeps its contract: the suite that users run over theirs."""
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -17,10 +18,12 @@ from fakeredis import FakeAsyncRedis, FakeRedis, FakeServer
 
 from aurea_orchestrator.contract import EntryTests, LifeTests, TimeTests
 from aurea_orchestrator.effects import drive
+from aurea_orchestrator.stores import memory, tiers
 from aurea_orchestrator.stores.base import Item, Store
 from aurea_orchestrator.stores.memory import OVERHEAD_BYTES, MemoryStore
 from aurea_orchestrator.stores.redis import RedisStore
 from aurea_orchestrator.stores.sqlite import SqliteStore
+from aurea_orchestrator.stores.tiers import Tiered
 from aurea_orchestrator.testing import LeaseSuite, StoreSuite
 
 
@@ -161,6 +164,16 @@ class TestBoundInMemory:
                 node = node.newer
         assert {n.key: n for n in seen} == queue.nodes and len(seen) == len(queue.nodes)
         assert queue.bytes == sum(n.size_bytes for n in seen) <= 30_000
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
+    def test_what_is_done_at_a_fork_does_not_grow_with_the_stores_that_were(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        hooks: list[object] = []
+        real = os.register_at_fork
+        monkeypatch.setattr(os, "register_at_fork", lambda **these: (hooks.append(these), real(**these)))
+        for _ in range(20): Tiered(MemoryStore(), 1000, lambda key, blob: 60.0)
+        assert len(hooks) <= 2
+        gc.collect()
+        assert len(memory._shelves) < 40 and len(tiers._tiers) < 20
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -27,7 +27,7 @@ from aurea_orchestrator import Cache, cached, codec
 from aurea_orchestrator.config import Settings
 from aurea_orchestrator.contract import ChangeTests, CounterTests, CrowdTests, EntryTests, LifeTests, ScanTests, ThreadTests
 from aurea_orchestrator.effects import Flow, Inline, adrive, drive
-from aurea_orchestrator.errors import StoreError, StoreUnavailableError
+from aurea_orchestrator.errors import ConfigError, StoreError, StoreUnavailableError
 from aurea_orchestrator.stores.base import Ears, Item, Store
 from aurea_orchestrator.stores.guard import Guarded
 from aurea_orchestrator.stores.memory import OVERHEAD_BYTES, MemoryStore
@@ -845,6 +845,18 @@ def test_urls_say_how_large_the_memory_is() -> None:
     assert isinstance(open_store("memory://?memory=3MB"), MemoryStore)
 
 
+@pytest.mark.parametrize("url", ["sqlite:///run#7.db", "sqlite:///run.db#", "SQLITE:////tmp/a?memory=0#b", "memory://#", "memory://?max_bytes=1MB#x"])
+def test_a_hash_in_a_url_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="%23"): open_store(url)
+
+
+def test_a_hash_in_a_path_is_written_in_percent(tmp_path: Path) -> None:
+    store = open_store(f"sqlite:///{tmp_path}/run%237.db")
+    put(store, "k", b"v")
+    assert (tmp_path / "run#7.db").exists()
+    drive(store.shut())
+
+
 def test_settings_say_how_large_the_memory_is() -> None:
     def chosen(**values: Any) -> Store: return choose_store(Settings(_env_file=None, **values))[0]
     for where in ({"redis_host": "h"}, {"cache_url": "sqlite:///a.db"}, {"redis_port": 1}):
@@ -917,6 +929,38 @@ for line in sys.stdin:
     print(last, flush=True)
 cache.close()
 """
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_caches_that_were_dropped_leave_no_thread_and_no_file_open(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/cache.db"
+
+    def ears() -> int: return sum(thread.name == "aurea-ears" for thread in threading.enumerate())
+    def opened() -> int: return sum(str(tmp_path) in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
+
+    def cell() -> None:
+        cache = Cache.from_url(url)
+
+        @cached("llm", cache=cache, namespace="test", version=str(time.time()))
+        def ask(prompt: str) -> str: return prompt * 2
+
+        ask("a"), ask("a")
+
+    for _ in range(5): cell()
+    gc.collect()
+    last = open_store(url, memory=0)
+    assert ears() == 5
+
+    def gone() -> bool:
+        put(last, "k", b"v")
+        drive(last.delete(["k"]))
+        gc.collect()
+        return ears() == 0
+
+    assert until(gone)
+    drive(last.shut())
+    gc.collect()
+    assert opened() == 0 and not (tmp_path / "cache.db.ears").exists()
 
 
 class Reader:

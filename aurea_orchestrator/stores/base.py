@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from ..effects import Flow
 
 # %% auto #0
-__all__ = ['HOT', 'Item', 'Page', 'Shelf', 'Told', 'Ears', 'Store']
+__all__ = ['AT_ONCE', 'HOT', 'Item', 'Page', 'Shelf', 'room', 'parts', 'Told', 'Ears', 'Store']
 
 # %% ../../nbs/21_stores.base.ipynb #a25357ad
 class Item(NamedTuple):
@@ -77,6 +77,35 @@ class Shelf(ABC):
     def shut(self) -> Flow[None]:
         "Give back connections and files. A store that is used again opens again. Never raises."
 
+# %% ../../nbs/21_stores.base.ipynb #520dc6d7
+_T = TypeVar("_T")
+AT_ONCE = 1000  # How much is in one exchange with a store: keys, or entries of less than 4 KB
+
+
+def room(
+    size: int = 0,  # Bytes
+) -> int:
+    "How much of `AT_ONCE` a thing takes."
+    return 1 + (size >> 12)
+
+
+def parts(
+    things: Sequence[_T],                     # Keys, entries, commands
+    size: Callable[[_T], int] | None = None,  # The bytes of one; None: too few to count
+) -> Iterator[Sequence[_T]]:                  # At least one thing in each; none of nothing
+    "The things in their order, cut so that each part has room in one exchange. One that has no room at all is a part of its own."
+    begin = used = 0
+    if size is None:
+        yield from (things[at:at + AT_ONCE] for at in range(0, len(things), AT_ONCE))
+        return
+    for at, thing in enumerate(things):
+        used += (takes := room(size(thing)))
+        if used > AT_ONCE and at > begin:
+            yield things[begin:at]
+            begin, used = at, takes
+    if begin < len(things):
+        yield things[begin:]
+
 # %% ../../nbs/21_stores.base.ipynb #6479fd7c
 HOT = 10_000  # Keys whose hits are remembered
 
@@ -110,7 +139,7 @@ class Store(Shelf):
     apart = False  # Whether it may be readable while it cannot be written, as a file is that others lock
 
     def acquire(self, keys: Sequence[str], token: str, ttl: float, force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:
-        "For each key its bytes, and whether its lease is now ours; asked for where there are no bytes, or by `force`. One exchange."
+        "For each key its bytes, and whether its lease is now ours; asked for where there are no bytes, or by `force`. In `parts`."
         blobs = yield from self.get_many(keys)
         return [(blob, blob is None or force) for blob in blobs]
 
@@ -120,7 +149,7 @@ class Store(Shelf):
         yield
 
     def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
-        "Store the items, then give back the leases of the keys that are still ours. One exchange; who waits is woken."
+        "Store the items, then give back the leases of the keys that are still ours; who waits is woken. In `parts`."
         if items:
             yield from self.put_many(items)
 

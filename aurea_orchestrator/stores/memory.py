@@ -12,8 +12,10 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from math import frexp, inf
 from operator import attrgetter
+from weakref import WeakSet
 
 from ..effects import Both, Flow
 from .base import HOT, Item, Page, Store
@@ -108,6 +110,32 @@ class _Turns(_Queue):
             self._join(node)
 
 # %% ../../nbs/22_stores.memory.ipynb #0a801db1
+_making = threading.Lock()  # Held while a shelf is made, and during a fork
+_shelves: WeakSet[_Shelf] = WeakSet()
+_held: list[threading.Lock] = []
+
+
+def _hold() -> None:
+    "Before a fork: wait until no shelf is being changed."
+    _making.acquire()
+    for shelf in list(_shelves):
+        shelf._lock.acquire()
+        _held.append(shelf._lock)
+
+
+def _release() -> None:
+    "After a fork, on both sides."
+    while _held:
+        _held.pop().release()
+    _making.release()
+
+
+@cache
+def _mind_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_release)
+
+# %% ../../nbs/22_stores.memory.ipynb #5444c9b8
 class _Shelf:
     "Queues behind a lock, bounded in bytes, whose entries expire."
 
@@ -120,9 +148,9 @@ class _Shelf:
         self.max_bytes, self._clock, self._worth = max_bytes, clock, worth
         self._queue, self._counts, self._lock, self._hot = _Turns(), dict[str, float](), threading.Lock(), Counter[str]()
         self._nodes = self._queue.nodes
-        if hasattr(os, "register_at_fork"):
-            lock = self._lock
-            os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+        with _making:
+            _mind_forks()
+            _shelves.add(self)
 
     def peek(self, key: str) -> bytes | None:
         "What `get_many` answers for one key, without a flow."

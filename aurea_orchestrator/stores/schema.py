@@ -10,6 +10,10 @@ from typing import Any
 APPLICATION_ID = 0x41757265  # "Aure"
 FRESH = ("PRAGMA page_size=8192", "PRAGMA auto_vacuum=INCREMENTAL")
 
+# %% auto #0
+__all__ = ['APPLICATION_ID', 'FRESH', 'STEPS', 'OVERHEAD_BYTES', 'SPARE', 'AMONG', 'make_room', 'shrink']
+
+# %% ../../nbs/12_stores.schema.ipynb #cd263a96
 STEPS = (
     (
         """CREATE TABLE entries(id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, expires REAL NOT NULL,
@@ -42,10 +46,13 @@ STEPS = (
         "CREATE INDEX tapes_by_expiry ON tapes(expires)",
         "CREATE TABLE hot(key TEXT PRIMARY KEY, hits INTEGER NOT NULL) WITHOUT ROWID",
     ),
+    (  # Tapes last for seconds; who is on one when the file grows begins it anew
+        "DROP TABLE tapes",
+        """CREATE TABLE tapes(key TEXT NOT NULL, run TEXT NOT NULL, place INTEGER NOT NULL, record BLOB NOT NULL, expires REAL,
+                              PRIMARY KEY (key, run, place)) WITHOUT ROWID""",
+        "CREATE INDEX tapes_by_expiry ON tapes(expires) WHERE expires IS NOT NULL",
+    ),
 )
-
-# %% auto #0
-__all__ = ['APPLICATION_ID', 'FRESH', 'STEPS', 'OVERHEAD_BYTES', 'SPARE', 'AMONG', 'make_room', 'shrink']
 
 # %% ../../nbs/12_stores.schema.ipynb #48fe063e
 OVERHEAD_BYTES = 64  # What an entry takes beyond its blob and twice its key: columns, indexes, cells

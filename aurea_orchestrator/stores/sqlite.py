@@ -12,17 +12,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..effects import Block, Flow, Inline
 from ..errors import ConfigError, StoreUnavailableError
 from ..news import News, tell
-from .base import HOT, Ears, Item, Page, Store, Told
+from .base import HOT, Ears, Item, Page, Store, Told, parts
 from .file import Access, Tables
 from .schema import AMONG, APPLICATION_ID, FRESH, OVERHEAD_BYTES, STEPS, make_room, shrink
 
 # %% auto #0
-__all__ = ['LEFT', 'SqliteStore']
+__all__ = ['LEFT', 'PAUSE', 'SqliteStore']
 
 # %% ../../nbs/23_stores.sqlite.ipynb #c118dbce
 _ONE = "SELECT blob FROM entries WHERE key = ? AND expires > ?"
@@ -31,7 +31,10 @@ _PUT = """INSERT INTO entries(key, expires, size, blob) VALUES (?, ?, ?, ?) ON C
           SET expires = excluded.expires, size = excluded.size, blob = excluded.blob"""
 _SWEEP = "DELETE FROM entries WHERE id IN (SELECT id FROM entries WHERE expires <= ? ORDER BY expires LIMIT 64)"
 _CHANGES = "SELECT changes FROM shelf"
+_OVER = "DELETE FROM tapes WHERE (key, run) IN (SELECT key, run FROM tapes WHERE expires <= ?)"
 LEFT = 60  # Seconds after which a lease that expired is removed
+PAUSE = 0.002  # Seconds between two parts of a long write: who waits for the file looks each millisecond
+_T = TypeVar("_T")
 
 # %% ../../nbs/23_stores.sqlite.ipynb #d3ceb95b
 class _Served(Access):
@@ -67,7 +70,7 @@ class _Writes(_Served):
         if swept := db.execute(_SWEEP, (now,)).rowcount:
             db.execute("UPDATE shelf SET changes = changes - ?", (swept,))
         db.execute("DELETE FROM leases WHERE expires <= ?", (now - LEFT,))
-        db.execute("DELETE FROM tapes WHERE expires <= ?", (now,))
+        db.execute(_OVER, (now,))
 
     @contextmanager
     def changing(self, keys: Sequence[str]) -> Iterator[sqlite3.Connection]:
@@ -80,20 +83,27 @@ class _Writes(_Served):
         tell(self.folder, before, after, keys)
 
 # %% ../../nbs/23_stores.sqlite.ipynb #a0c42b93
-class _Shelf(_Writes):
-    "The transactions."
+def _in_turn(several: Sequence[_T]) -> Iterator[tuple[_T, bool]]:
+    "Each part of a long write, and whether it is the last; in between, a moment for others."
+    for at, part in enumerate(several, 1):
+        if at > 1:
+            time.sleep(PAUSE)
+        yield part, at == len(several)
 
-    def put(self, items: Sequence[Item], keys: Sequence[str] = (), token: str = "") -> None:
-        "Store items; of several with one key, the last. Then end those leases of the keys that have the token."
+
+class _Parts(_Writes):
+    "One part of a long write."
+
+    def put_part(self, items: Sequence[Item], keys: Sequence[str] = (), token: str = "") -> None:
+        "Store a part, and end those leases of the keys that have the token."
         now, rows, refused = self.clock(), [], []
-        latest = {item.key: item for item in items}
-        for key, blob, ttl in latest.values():
+        for key, blob, ttl in items:
             size = len(blob) + 2 * len(key) + OVERHEAD_BYTES
             if ttl > 0 and size <= self.max_bytes:
                 rows.append((key, now + ttl, size, blob))
             else:
                 refused.append(key)
-        with self.changing(list(dict.fromkeys([*latest, *keys]))) as db:
+        with self.changing(list(dict.fromkeys([*(item.key for item in items), *keys]))) as db:
             if refused:
                 db.execute(f"DELETE FROM entries WHERE {AMONG}", (json.dumps(refused),))
             room = 0
@@ -106,11 +116,24 @@ class _Shelf(_Writes):
                 ended = db.execute(f"DELETE FROM leases WHERE token = ? AND {AMONG}", (token, json.dumps(list(keys)))).rowcount
                 db.execute("UPDATE shelf SET changes = changes + ?", (ended,))
 
+# %% ../../nbs/23_stores.sqlite.ipynb #7071a781
+class _Shelf(_Parts):
+    "The transactions."
+
+    def put(self, items: Sequence[Item], keys: Sequence[str] = (), token: str = "") -> None:
+        "Store items; of several with one key, the last. Then end those leases of the keys that have the token."
+        latest = list({item.key: item for item in items}.values())
+        for part, last in _in_turn(list(parts(latest, lambda item: len(item.blob))) or [()]):
+            self.put_part(part, keys if last else (), token)
+
     def remove(self, keys: Sequence[str]) -> int:
         "Remove keys; how many live ones were there."
-        with self.changing(keys) as db:
-            gone = db.execute(f"DELETE FROM entries WHERE +expires > ? AND {AMONG}", (self.clock(), json.dumps(list(keys)))).rowcount
-            shrink(db)
+        gone = 0
+        for part, last in _in_turn(list(parts(keys))):
+            with self.changing(part) as db:
+                gone += db.execute(f"DELETE FROM entries WHERE +expires > ? AND {AMONG}", (self.clock(), json.dumps(list(part)))).rowcount
+                if last:
+                    shrink(db)
         return gone
 
     def add(self, counts: Mapping[str, float]) -> None:
@@ -148,7 +171,8 @@ class _Leased(_Shelf):
 
 # %% ../../nbs/23_stores.sqlite.ipynb #93d19168
 _LED = "SELECT token, expires FROM leases WHERE key = ? AND expires > ?"
-_TAPE = "SELECT place, record FROM tapes WHERE key = ? AND run = ? AND place >= ? AND expires > ? ORDER BY place"
+_KEPT = "SELECT 1 FROM tapes WHERE key = ? AND run = ? AND place = -1 AND expires > ?"
+_TAPE = "SELECT record FROM tapes WHERE key = ? AND run = ? AND place >= ? ORDER BY place"
 
 
 class _Taped(_Leased):
@@ -165,32 +189,32 @@ class _Taped(_Leased):
         "Put records on the tape of a run; how many are there then, -1 if it is not the run that leads."
         now = self.clock()
         with self.changing([key]) as db:
-            (have,) = db.execute("SELECT count(*) FROM tapes WHERE key = ? AND run = ? AND place >= 0", (key, run)).fetchone()
-            led = db.execute(_LED, (key, now)).fetchone()
-            if not have:
-                wished = db.execute(_TAPE, (key, run, -1, now)).fetchone()
-                if led is None or led[0] != run or not wished:
-                    return -1
+            (last,) = db.execute("SELECT max(place) FROM tapes WHERE key = ? AND run = ?", (key, run)).fetchone()
+            if last is None or last < 0 and next(db.execute(_LED, (key, now)), ("",))[0] != run:
+                return -1
+            if not (have := int(last) + 1):
                 db.execute("DELETE FROM tapes WHERE key = ? AND run != ?", (key, run))
             if have >= place:
-                rows = [(key, run, at, record, now + ttl) for at, record in enumerate(records, place) if at >= have]
-                db.executemany("INSERT INTO tapes VALUES (?, ?, ?, ?, ?)", rows)
+                rows = [(key, run, at, record) for at, record in enumerate(records, place) if at >= have]
+                db.executemany("INSERT INTO tapes(key, run, place, record) VALUES (?, ?, ?, ?)", rows)
                 have += len(rows)
-            db.execute("UPDATE tapes SET expires = ? WHERE key = ? AND run = ?", (now + ttl, key, run))
+            db.execute("UPDATE tapes SET expires = ? WHERE key = ? AND run = ? AND place = -1", (now + ttl, key, run))
             db.execute("UPDATE shelf SET changes = changes + 1")
-        return int(have)
+        return have
 
     def follow(self, key: str, run: str, place: int) -> Told:
         "The records of a run from a place on; a wish for more, where there are none at all."
         now = self.clock()
         led = next(iter(self.read(_LED, (key, now))), ("", now))
         run = run or led[0]
-        told = [record for _, record in self.read(_TAPE, (key, run, place, now))]
-        if led[0] == run and not told and not self.read(_TAPE, (key, run, 0, now)) and not self.read(_TAPE, (key, run, -1, now)):
+        leads, told = bool(run) and led[0] == run, list[bytes]()
+        if self.read(_KEPT, (key, run, now)):
+            told = [record for (record,) in self.read(_TAPE, (key, run, place))]
+        elif leads:
             with self.changing([key]) as db:
                 db.execute("INSERT OR REPLACE INTO tapes VALUES (?, ?, -1, x'', ?)", (key, run, led[1]))
                 db.execute("UPDATE shelf SET changes = changes + 1")
-        return Told(run, told, bool(run) and led[0] == run)
+        return Told(run, told, leads)
 
 # %% ../../nbs/23_stores.sqlite.ipynb #1c84011c
 class _Ears(News, Ears):
@@ -242,7 +266,7 @@ class _Entries(Store):
         return found
 
     def put_many(self, items: Sequence[Item]) -> Flow[None]:
-        "Store all items in one transaction."
+        "Store all items; those that have room in one of the `parts` of `stores.base`, in one transaction."
         if items:
             yield Block(lambda: self._shelf.put(items))
 
@@ -271,7 +295,7 @@ class _Agreeing(_Entries):
             yield Block(lambda: self._shelf.prolong(keys, token, ttl))
 
     def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
-        "Store the items and give back the leases, in one transaction."
+        "Store the items, and give back the leases in the transaction of the last ones."
         if items or keys:
             yield Block(lambda: self._shelf.put(items, keys, token))
 

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from math import inf
 from time import monotonic
 from typing import TypeVar
@@ -99,6 +100,21 @@ def _listen(ears: Ears, known: _Known) -> Callable[[], None]:
     return stops[0]
 
 # %% ../../nbs/25_stores.tiers.ipynb #5f20ab9e
+_tiers: weakref.WeakSet[_Listening] = weakref.WeakSet()
+
+
+def _born() -> None:
+    "In a forked child."
+    for tier in list(_tiers):
+        tier._reborn()
+
+
+@cache
+def _mind_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_born)
+
+# %% ../../nbs/25_stores.tiers.ipynb #713ffc43
 class _Listening:
     "A memory with ears, opened when they are needed."
 
@@ -109,9 +125,8 @@ class _Listening:
         self._opened, self._opening = False, threading.Lock()
         self._sure: Callable[[], float] = _deaf
         self._stop: Callable[[], None] = _silent
-        if hasattr(os, "register_at_fork"):
-            mine = weakref.ref(self)
-            os.register_at_fork(after_in_child=lambda: None if (me := mine()) is None else me._reborn())
+        _mind_forks()
+        _tiers.add(self)
 
     def _close(self) -> None:
         "As new: nobody listens, nothing is kept."

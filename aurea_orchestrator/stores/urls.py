@@ -46,6 +46,8 @@ def _engine(url: str, timeout: float) -> tuple[Store, int | None]:
     memory = sizes.pop("memory", None)
     bound: Any = sizes
     scheme = parts.scheme.lower()
+    if scheme in ("memory", "sqlite") and "#" in url:
+        raise ConfigError(f"{scheme}: what follows a # does not belong to a URL; write a # in the path as %23")
     if scheme in ("memory", "sqlite") and options:
         raise ConfigError(f"{scheme}: has no option {', '.join(options)}; it knows max_bytes and memory")
     if scheme == "memory":
