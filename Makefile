@@ -48,7 +48,7 @@ $(BENCH)/.peers: bench/requirements.txt $(META) | $(PY)
 
 .PHONY: serve
 serve: $(VENV)/.app ## Start the app (HOST and PORT from the environment or .env; 0.0.0.0 and 8000)
-	@$(PY) tools/serve.py $(ARGS)
+	@$(PY) -m aurea_orchestrator serve $(ARGS)
 
 # ---- to develop
 

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from .errors import ConfigError
 
 # %% auto #0
-__all__ = ['Address', 'read_address']
+__all__ = ['Address', 'read_address', 'without_secrets']
 
 # %% ../nbs/04_address.ipynb #62048fda
 _RIGHT = {
@@ -110,3 +110,17 @@ def _checked(at: Address, wrong: _Wrong) -> Address:
     if at.options.get("ssl_cert_reqs", "none") not in ("none", "optional", "required"):
         raise wrong("ssl_cert_reqs is required or none")
     return at
+
+# %% ../nbs/04_address.ipynb #1889aad8
+def without_secrets(
+    url: str,   # Also one that cannot be read
+) -> str:       # As in `https://…@host/v1`
+    "An address that can be shown."
+    scheme = found[0] if (found := re.match(r"[\w+.-]+://", url)) else ""
+    shown, *more = re.split("[?#]", url[len(scheme):], maxsplit=1)
+    if "@" in "".join(more):
+        return f"{scheme}…"
+    if scheme in ("sqlite://", "unix://") and shown.startswith("/"):
+        return scheme + shown
+    _, at, where = shown.rpartition("@")
+    return f"{scheme}{at and '…@'}{where}"

@@ -5,33 +5,67 @@
 # %% ../nbs/44_admission.ipynb #225a203b
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Sequence
+from enum import Enum
 from math import log
 from typing import Any
+
+from .costs import PLAIN, part, wrapped
 
 # %% auto #0
 __all__ = ['whole', 'anything', 'due']
 
 # %% ../nbs/44_admission.ipynb #8d4673d1
-_FINISHED = frozenset({None, "stop", "tool_calls", "function_call", "end_turn", "stop_sequence", "tool_use", "eos"})
+_FINISHED = frozenset({"", "stop", "tool_calls", "tool_call", "function_call", "end_turn", "stop_sequence", "tool_use", "eos", "eos_token",
+                       "complete", "completed", "finish_reason_unspecified"})
+_RUNNING = frozenset({"queued", "in_progress"})
+_REASONS = ("finish_reason", "stop_reason", "finishReason", "stopReason", "done_reason")
+_ABSENT = object()
 
 
-def _part(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+def _end(place: Any) -> Any:
+    "What is said in one place, under the first of the names that is there."
+    if type(place) in PLAIN:
+        return None
+    return next((said for name in _REASONS if (said := part(place, name, _ABSENT)) is not _ABSENT), None)
+
+
+def _ends(answer: Any, deep: bool = True) -> Iterator[Any]:
+    "What an answer says of its end: in each of its choices, or else in its other places, and in what it wraps."
+    for name in ("choices", "candidates"):
+        several = part(answer, name)
+        if isinstance(several, Sequence) and several and type(several[0]) not in PLAIN:
+            yield from map(_end, several)
+            return
+    yield from map(_end, (answer, part(answer, "delta"), part(answer, "response_metadata")))
+    yield part(part(answer, "incomplete_details"), "reason")
+    if type(kind := part(answer, "object")) is str and kind == "response":
+        yield part(answer, "status")
+    if deep and (inner := wrapped(answer)) is not None:
+        yield from _ends(inner, deep=False)
+
+# %% ../nbs/44_admission.ipynb #2c53d256
+def _reasons(value: Any) -> Iterator[Any]:
+    "The same of a value, or of all pieces of a stream."
+    if isinstance(value, (list, tuple)):
+        for piece in value:
+            yield from _reasons(piece)
+    elif type(value) not in PLAIN:
+        yield from _ends(value)
+
+
+def _word(reason: Any) -> str:
+    "A reason as a plain word; nothing if it is no text."
+    name = reason.name if isinstance(reason, Enum) and not isinstance(reason.value, str) else getattr(reason, "value", reason)
+    return name.lower().replace("-", "_") if isinstance(name, str) else ""
 
 
 def whole(
     value: Any,  # What a function that asks a language model has returned
 ) -> bool:       # Whether its model said that it was finished, or nothing
     "Whether an answer may be kept."
-    if isinstance(value, (str, bytes, int, float, type(None))):
-        return True
-    if isinstance(value, (list, tuple)):  # The pieces of a stream; the last one says how it ended
-        return all(map(whole, value))
-    choices = _part(value, "choices")
-    said = [value, *(choices if isinstance(choices, Iterable) and not isinstance(choices, (str, bytes)) else ())]
-    reasons = [_part(one, name) for one in said for name in ("finish_reason", "stop_reason")]
-    return all(reason in _FINISHED for reason in reasons if isinstance(reason, (str, type(None))))
+    fine = _FINISHED | _RUNNING if isinstance(value, (list, tuple)) else _FINISHED
+    return all(_word(reason) in fine for reason in _reasons(value))
 
 
 def anything(value: Any) -> bool:

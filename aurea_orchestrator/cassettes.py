@@ -12,7 +12,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from hashlib import sha256
@@ -27,6 +27,7 @@ from .counts import kinds
 from .effects import Block, Flow
 from .entries import PAGE, PAGE_BYTES, Functions, function_of, page_for, shared, walk, whole, whose
 from .errors import ConfigError
+from .options import seconds
 from .readable import Payload, dumps, heard, loads, payload_of, sealed, shown
 from .request import Workings
 from .steps import depth
@@ -54,18 +55,6 @@ def _read_time(written: Any) -> float:
         return float(f"{datetime.fromisoformat(found[1] + '+00:00').timestamp():.0f}{found[2] or ''}")
     return datetime.fromisoformat(written).timestamp()
 
-
-_WHOLE = isinstance(codec.header(codec.encode(None, born=0.0)).cost, Cost)  # Or an entry knows its seconds alone
-
-
-def _written_cost(cost: Any) -> dict[str, Any]:
-    return (cost if _WHOLE else Cost(cost))._asdict()
-
-
-def _read_cost(written: dict[str, Any]) -> Any:
-    cost = Cost(**written)
-    return cost if _WHOLE else cost.seconds
-
 # %% ../nbs/56_cassettes.ipynb #032cc0ac
 _VERSION = 1
 _HEADER = {"aurea": "cassette", "version": _VERSION}
@@ -88,7 +77,7 @@ def written(
     said = codec.header(blob)
     facts = {name: said.meta[name] for name in sorted(said.meta)}
     function = facts.pop("name") if isinstance(facts.get("name"), str) else None
-    values = function, key, shown(payload_of(blob)), _written_time(said.born), _written_cost(said.cost), _plain(facts)
+    values = function, key, shown(payload_of(blob)), _written_time(said.born), said.cost._asdict(), _plain(facts)
     line = dict(zip(_NAMES, values, strict=True))
     return dumps({**line, "check": _check(line)})
 
@@ -103,7 +92,7 @@ class Line(NamedTuple):
     key: str
     payload: Payload
     born: float             # Unix seconds
-    cost: Any
+    cost: Cost
     meta: dict[str, Any]
 
     def entry(self, ttl: float | None) -> bytes:
@@ -155,7 +144,7 @@ def _line(said: dict[str, Any], now: float) -> Line:
     if said.get("function") is not None:
         meta = {"name": str(said["function"]), **meta}
     born = now if said.get("born") is None else _read_time(said["born"])
-    line = Line(said["key"], payload, born, _read_cost(said.get("cost") or {}), meta)
+    line = Line(said["key"], payload, born, Cost(**(said.get("cost") or {})), meta)
     codec.check(blob := line.entry(None), line.key.encode())
     if "check" not in said:  # A person wrote it
         codec.trusted(blob)
@@ -283,10 +272,11 @@ class _Reading:
 def load(
     cache: Workings,
     path: str | os.PathLike[str],
-    ttl: float | None = None,          # Seconds from now on; None: without end
+    ttl: float | timedelta | None = None,  # Seconds from now on; None: without end
     progress: Progress | None = None,  # Told the bytes of the file
 ) -> Flow[Loaded]:
-    "Put the entries of a cassette into a store. Raises `StoreError`, `OSError`."
+    "Put the entries of a cassette into a store. Raises `StoreError`, `OSError`, and `ConfigError` for a ttl that cannot work."
+    lasting = None if ttl is None else seconds("ttl", ttl, 1e-3)
     reading: _Reading = yield Block(partial(_Reading, path))
     loaded = kept = 0
     own = set[str]()
@@ -295,8 +285,8 @@ def load(
             now = cache.clock.now()
             there = dict((yield from whole(shared(cache), list(lines))))
             fresh = [line for key, line in lines.items() if not _newer(there.get(key), line.born, now)]
-            ends = None if ttl is None else ttl + now
-            items = [Item(one.key, one.entry(None if ends is None else ends - one.born), ttl or LASTING) for one in fresh]
+            ends = None if lasting is None else lasting + now
+            items = [Item(one.key, one.entry(None if ends is None else ends - one.born), lasting or LASTING) for one in fresh]
             if items:
                 yield from cache.store.put_many(items)
             loaded, kept = loaded + len(fresh), kept + len(lines) - len(fresh)

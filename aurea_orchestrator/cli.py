@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,10 +17,9 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
-from .terminal import agreed, document, hint, import_from_here, noted, opened, params_of, patient, taken, text_of
+from .terminal import agreed, document, filled, hint, import_from_here, noted, opened, params_of, patient, taken, text_of
 
 if TYPE_CHECKING:
-    from aurea_orchestrator.cache import Cache
     from aurea_orchestrator.warming import Summary
 
 # %% auto #0
@@ -72,12 +73,17 @@ def _options(
         log.addHandler(logging.NullHandler())  # What is wrong is said once, by the command
 
 # %% ../nbs/80_cli.ipynb #59a8803f
-_Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="Another store than that of the settings: sqlite:///cache.db.")]
+def _option(*names: str, **more: Any) -> Any:
+    "An option that is a text, and not an empty one."
+    return typer.Option(*names, callback=filled, **more)
+
+
+_Url = Annotated[str | None, _option("--url", metavar="URL", help="Another store than that of the settings: sqlite:///cache.db.")]
 _Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-_Kind = Annotated[str | None, typer.Option("--kind", metavar="KIND", help="Only of this kind: llm, embedding, or your own.")]
-_Namespace = Annotated[str | None, typer.Option("--namespace", metavar="NAME", help="Only of this namespace.")]
-_Function = Annotated[list[str] | None, typer.Option("--function", "-f", metavar="NAME", help="Only of this function; may be given again.")]
-_Older = Annotated[str | None, typer.Option("--older", metavar="AGE", help="Only what was computed longer ago: 90, 15m, 36h, 7d.")]
+_Kind = Annotated[str | None, _option("--kind", metavar="KIND", help="Only of this kind: llm, embedding, or your own.")]
+_Namespace = Annotated[str | None, _option("--namespace", metavar="NAME", help="Only of this namespace.")]
+_Function = Annotated[list[str] | None, _option("--function", "-f", metavar="NAME", help="Only of this function; may be given again.")]
+_Older = Annotated[str | None, _option("--older", metavar="AGE", help="Only what was computed longer ago: 90, 15m, 36h, 7d.")]
 
 
 def _say(result: Mapping[str, Any], text: Callable[[], str], as_json: bool) -> None:
@@ -87,7 +93,7 @@ def _say(result: Mapping[str, Any], text: Callable[[], str], as_json: bool) -> N
 # %% ../nbs/80_cli.ipynb #5d2ce312
 @cli.command(epilog=_examples("PORT=9000 LLM_BASE_URL=http://localhost:11434/v1 aurea serve --workers 4"))
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on; else HOST.")] = None,
+    host: Annotated[str | None, _option(help="Address to listen on; else HOST.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; else PORT.", min=1, max=65535)] = None,
     workers: Annotated[int, typer.Option(help="Worker processes.", min=1)] = 1,
 ) -> None:
@@ -96,23 +102,26 @@ def serve(
 
     from aurea_orchestrator.config import Settings
     import_from_here()
+    os.environ |= {name: str(one) for name, one in {"HOST": host, "PORT": port}.items() if one is not None}
     settings = Settings()
-    host, port = host or settings.host, port or settings.port
-    if why := taken(host, port):
+    if why := taken(settings.host, settings.port):
         raise _fail(why)
     log = logging.getLogger("aurea_orchestrator")
     for handler in list(log.handlers):  # The server has a log, and says more than a command
         log.removeHandler(handler)
-    uvicorn.run("aurea_orchestrator.main:app", host=host, port=port, workers=workers, log_level="debug" if settings.debug else "info")
+    uvicorn.run("aurea_orchestrator.main:app", host=settings.host, port=settings.port, workers=workers,
+                log_level="debug" if settings.debug else "info", timeout_graceful_shutdown=math.ceil(settings.llm_timeout))  # fmt: skip
 
 # %% ../nbs/80_cli.ipynb #2c4b930b
 @cli.command(epilog=_examples("aurea stats", "aurea stats --watch", "aurea stats --json | jq .total.hit_rate"))
 def stats(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(metavar="SECONDS", help="Between two looks.", min=0.1)] = 2.0,
+    every: Annotated[float, typer.Option(metavar="SECONDS", help="Between two looks, from 0.1 to 86400.")] = 2.0,
     url: _Url = None, as_json: _Json = False,
 ) -> None:  # fmt: skip
     "What the cache has saved, and what it has cost."
+    if not 0.1 <= every <= 86_400:
+        raise _fail("--every is a number of seconds from 0.1 to 86400", 2)
     with opened(url) as cache:
         if watch:
             from aurea_orchestrator.looking import look_again
@@ -147,18 +156,6 @@ def ls(
     _say({"entries": [plain(one, now) for one in shown], **totals}, lambda: table(shown, now, note).text(), as_json)
 
 # %% ../nbs/80_cli.ipynb #0cc5be99
-def _the_one(cache: Cache, beginning: str) -> str:
-    "The key that is meant."
-    from aurea_orchestrator.effects import drive
-    from aurea_orchestrator.looking import find
-    found = drive(find(cache, beginning))
-    if not found:
-        raise _fail(f"no entry begins with {beginning}")
-    if len(found) > 1:
-        raise _fail(f"{beginning} may mean several entries; write more of it:\n  " + "\n  ".join(found))
-    return found[0]
-
-
 @cli.command(epilog=_examples("aurea show 3fa9", "aurea show llm:3fa9c2 --json | jq .value"))
 def show(
     key: Annotated[str, typer.Argument(metavar="KEY", help="A key, or as much of it as means one entry only.")],
@@ -167,9 +164,9 @@ def show(
     "Show one entry: what is known of it, and its value."
     from aurea_orchestrator import codec
     from aurea_orchestrator.effects import drive
-    from aurea_orchestrator.looking import lines, one, plain, sheet_of, value_of
+    from aurea_orchestrator.looking import lines, one, plain, sheet_of, the_one, value_of
     with opened(url) as cache:
-        found, now = drive(one(cache, whole := _the_one(cache, key))), cache.clock.now()
+        found, now = drive(one(cache, whole := drive(the_one(cache, key)))), cache.clock.now()
     if found is None:
         raise _fail(f"{whole} is damaged or gone; it will be computed again")
     entry, blob = found
@@ -202,9 +199,10 @@ def _explained(key: str | None, prompt: str | None, text: str | None, given: dic
     "The explanation."
     from aurea_orchestrator.effects import drive
     from aurea_orchestrator.explain import explain as explained
+    from aurea_orchestrator.looking import the_one
     if key is not None:
         with opened(url) as cache:
-            return drive(explained(cache, _the_one(cache, key), "", "", {}))
+            return drive(explained(cache, drive(the_one(cache, key)), "", "", {}))
     from aurea_orchestrator.warming import question_of
     with _house(url) as house:
         kind, asked = ("llm", {"prompt": prompt}) if text is None else ("embedding", {"text": text})
@@ -242,7 +240,7 @@ def clear(
     if not (yes or dry_run or sys.stdin.isatty()):
         raise _fail("clear asks before it removes, and nobody can be asked here; say --yes (or --dry-run)", 2)
     with opened(url) as cache:
-        some, removed = bool(function or older), 0
+        some, removed = function is not None or older is not None, 0
         chosen, word = drive(choose(cache, kind, namespace, function, older)) if some else ([], "")
         matched = len(chosen) if some else drive(keys_held(cache, kind, namespace))
         hint(word)
@@ -273,14 +271,14 @@ def export(
             if (head := there.read(9)) and head != b'{"aurea":':
                 raise _fail(f"{file} is there and is no cassette; choose another name, or say --force")
     with opened(url) as cache, progress("exporting") as bar:
-        n = cache.export(path, function or None, kind=kind, namespace=namespace, progress=bar)
+        n = cache.export(path, function, kind=kind, namespace=namespace, progress=bar)
     _say({"file": file, "entries": n}, lambda: f"{_entries(n)} in {file}", as_json)
 
 # %% ../nbs/80_cli.ipynb #994a53d5
 @cli.command("import", epilog=_examples("aurea import answers.jsonl", "aurea import answers.jsonl --ttl 30d --url sqlite:///other.db"))
 def import_(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A cassette.")],
-    ttl: Annotated[str | None, typer.Option(metavar="AGE", help="Keep the entries so long, from now on; else without end.")] = None,
+    ttl: Annotated[str | None, _option(metavar="AGE", help="Keep the entries so long, from now on; else without end.")] = None,
     url: _Url = None, as_json: _Json = False,
 ) -> None:  # fmt: skip
     "Put the entries of a cassette into the store."
@@ -291,7 +289,7 @@ def import_(
     from aurea_orchestrator.looking import progress, read_seconds
     with opened(url, writes=True) as cache, progress("importing") as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Said below, line by line
-        done = drive(load(cache, file, read_seconds(ttl) if ttl else None, bar))
+        done = drive(load(cache, file, None if ttl is None else read_seconds(ttl), bar))
     skipped = [{"line": line, "error": why} for line, why in done.skipped]
     kept = f"; {_entries(done.kept)} left, for the store had newer ones" if done.kept else ""
     told = {"file": file, "loaded": done.loaded, "kept": done.kept, "skipped": skipped}
@@ -309,9 +307,9 @@ def _complain(lines: list[str], most: int = 10) -> None:
 @cli.command(epilog=_examples("aurea warm prompts.txt", "aurea warm faq.csv --column question", "cat it | aurea warm - --kind embedding"))
 def warm(
     file: Annotated[str, typer.Argument(metavar="FILE", help="JSONL, CSV, TSV or plain lines; - for stdin.")],
-    form: Annotated[str | None, typer.Option("--format", metavar="FORM", help="jsonl, csv, tsv or plain; else by the name.")] = None,
+    form: Annotated[str | None, _option("--format", metavar="FORM", help="jsonl, csv, tsv or plain; else by the name.")] = None,
     kind: Annotated[str, typer.Option(metavar="KIND", help="What plain lines and a --column are: llm or embedding.")] = "llm",
-    column: Annotated[str | None, typer.Option(metavar="NAME", help="Where the question is.")] = None,
+    column: Annotated[str | None, _option(metavar="NAME", help="Where the question is.")] = None,
     model: _Model = None, context: _Context = None, param: _Param = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-c", metavar="N", help="Calls at a time.", min=1, max=256)] = 8,
     batch: Annotated[int, typer.Option(metavar="N", help="Texts in a call.", min=1, max=2048)] = 64,
@@ -321,7 +319,7 @@ def warm(
 ) -> None:  # fmt: skip
     "Ask a whole file of prompts or texts, so that the answers are there."
     from aurea_orchestrator.warming import NAMES, Summary, form_of, read, sheet_of
-    form = form or form_of(file)
+    form = form_of(file) if form is None else form
     if kind not in NAMES or form not in ("jsonl", "csv", "tsv", "plain"):
         raise _fail("--kind is llm or embedding, --format jsonl, csv, tsv or plain", 2)
     common = params_of(param, model=model, context=context) | ({"bypass_cache": True} if refresh else {})
@@ -357,12 +355,10 @@ def doctor(
     url: _Url = None, as_json: _Json = False,
 ) -> None:  # fmt: skip
     "Examine configuration and store: what works, what is degraded, how to mend it."
-    import os
-
     from aurea_orchestrator.doctor import examine
     from aurea_orchestrator.main import backends_of
     import_from_here()
-    report = examine({"cache_url": url} if url else {}, os.environ, backends_of)
+    report = examine({} if url is None else {"cache_url": url}, os.environ, backends_of)
     _say(report.plain(), lambda: report.sheet().text(), as_json)
     if not report.healthy or strict and any(one.status == "warning" for one in report.findings):
         raise typer.Exit(1)

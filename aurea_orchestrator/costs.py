@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .events import Cost as Cost
 
 # %% auto #0
-__all__ = ['ready', 'cost_of']
+__all__ = ['PLAIN', 'part', 'wrapped', 'ready', 'cost_of']
 
 # %% ../nbs/33_costs.ipynb #0fd7390d
 _NAMES = {
@@ -33,7 +33,7 @@ _NAMES = {
 _MOST = 1 << 53  # No answer has so many tokens: a number that JSON cannot carry is none
 
 
-def _get(thing: Any, name: str, default: Any = None) -> Any:
+def part(thing: Any, name: str, default: Any = None) -> Any:
     "An item of a mapping, an attribute of anything else."
     return thing.get(name, default) if type(thing) is dict or isinstance(thing, Mapping) else getattr(thing, name, default)
 
@@ -41,7 +41,7 @@ def _get(thing: Any, name: str, default: Any = None) -> Any:
 def _count(record: Any, path: str) -> int:
     "The tokens under a name; 0 if there is no such number."
     first, dot, rest = path.partition(".")
-    found = _get(record, first)
+    found = part(record, first)
     if dot:
         return 0 if found is None else _count(found, rest)
     whole = type(found) is int or type(found) is float and found.is_integer()
@@ -60,8 +60,8 @@ def _main(record: Any) -> int:
     return sum(any(_count(record, name) for name in _NAMES[what]) for what in ("prompt", "completion"))
 
 # %% ../nbs/33_costs.ipynb #49cc8c54
-_PLAIN = frozenset({str, bytes, int, float, bool, complex, bytearray, memoryview, type(None)})
-_ROWS = _PLAIN | {list}
+PLAIN = frozenset({str, bytes, int, float, bool, complex, bytearray, memoryview, type(None)})
+_ROWS = PLAIN | {list}
 _RECORDS, _WRAPPED = ("usage", "usage_metadata", "usageMetadata"), ("response", "message", "_raw_response")
 _ABSENT = object()
 _MODELS = ("model", "model_version", "modelVersion", "response_metadata.model_name")
@@ -81,34 +81,39 @@ class _Answer(NamedTuple):
         return _Answer(self.counts | other.counts, *(b or a for a, b in zip(self[1:], other[1:])))
 
 
+def wrapped(value: Any) -> Any:
+    "The answer that a value wraps, or None."
+    return next((inner for name in _WRAPPED if type(inner := part(value, name)) not in PLAIN), None)
+
+
 def _text(thing: Any, paths: tuple[str, ...]) -> str | None:
     "The first text under any of the names."
     for path in paths:
         found = thing
         for name in path.split("."):
-            found = None if found is None else _get(found, name)
+            found = None if found is None else part(found, name)
         if isinstance(found, str) and found:
             return found
     return None
 
 
-def _answer(value: Any, wrapped: bool = True) -> _Answer | None:
+def _answer(value: Any, deep: bool = True) -> _Answer | None:
     "The usage that an answer reports, if it does; perhaps in what it wraps."
-    record = next((record for name in _RECORDS if (record := _get(value, name, _ABSENT)) is not _ABSENT), _ABSENT)
-    counts = {} if record is _ABSENT or type(record) in _PLAIN else _counts(record)
+    record = next((record for name in _RECORDS if (record := part(value, name, _ABSENT)) is not _ABSENT), _ABSENT)
+    counts = {} if record is _ABSENT or type(record) in PLAIN else _counts(record)
     if not counts and isinstance(value, Mapping) and _main(value) == 2:
         counts = _counts(value)
     if counts:
         return _Answer(counts, _text(value, ("id", "response_id", "responseId")), _text(value, _MODELS), _text(value, ("service_tier",)))
-    if record is not _ABSENT or not wrapped:  # A chunk that could have a record, and has none, is not asked further
+    if record is not _ABSENT or not deep:  # A chunk that could have a record, and has none, is not asked further
         return None
-    inner = next((inner for name in _WRAPPED if type(inner := _get(value, name)) not in _PLAIN), None)
-    return None if inner is None else _answer(inner, wrapped=False)
+    inner = wrapped(value)
+    return None if inner is None else _answer(inner, deep=False)
 
 # %% ../nbs/33_costs.ipynb #e62562f4
 def _answers(value: Any) -> Iterator[_Answer]:
     "The answers in a value that report their usage; chunks of one stream are one answer."
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         return
     if type(value) is not list and (one := _answer(value)):
         yield one
@@ -117,9 +122,9 @@ def _answers(value: Any) -> Iterator[_Answer]:
         return
     open_: _Answer | None = None
     for item in value:
-        if type(item) in _PLAIN or isinstance(item, (list, tuple)) or (found := _answer(item)) is None:
+        if type(item) in PLAIN or isinstance(item, (list, tuple)) or (found := _answer(item)) is None:
             continue
-        if open_ and (_get(item, "object") == "list" or found.id and open_.id and found.id != open_.id):
+        if open_ and (part(item, "object") == "list" or found.id and open_.id and found.id != open_.id):
             yield open_
             open_ = None
         open_ = open_.then(found) if open_ else found

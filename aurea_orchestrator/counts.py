@@ -10,6 +10,7 @@ import functools
 import os
 import threading
 import weakref
+from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 
 _enter, _leave = counting.acquire, counting.release  # By name: `with` takes twice as long, and every hit would pay for it
 DELIVERY = 0.5  # Seconds until counts are in the store; `/cache/stats` promises one second
+AGAIN = 1.0     # Seconds until a delivery that failed is tried again
 
 # %% auto #0
-__all__ = ['DELIVERY', 'FIELDS', 'SAVED', 'SPENT', 'Counts', 'fold_all', 'Stats', 'kinds', 'stats', 'summary', 'cost_rows']
+__all__ = ['DELIVERY', 'AGAIN', 'FIELDS', 'SAVED', 'SPENT', 'Counts', 'fold_all', 'Stats', 'kinds', 'stats', 'summary',
+           'cost_rows']
 
 # %% ../nbs/45_counts.ipynb #178616dd
 FIELDS = ("calls", *Cost._fields)
@@ -50,7 +53,8 @@ class _Counting:
         self.tally, self.functions = Tally(lambda: self.fold()), dict[str, Tally]()
         self._hits: dict[str, list[Any]] = {}   # By key: how many, the beginning of the entry, who counts, what was there before
         self._asked: dict[str, int] = {}        # By key: how often since the last delivery
-        self._called = False
+        self._called, self._taking = False, threading.Lock()
+        self._folding = threading.RLock()       # Who reads meanwhile waits until all of it is counted
 
     def fold(self) -> None:
         raise NotImplementedError
@@ -69,9 +73,13 @@ class _Counting:
         if not self._called:
             self._call()
 
-    def _call(self) -> None:
+    def _call(self, again: bool = False) -> None:
+        "Have it delivered soon, even if nobody holds this any more; again, only if somebody does."
         self._called = True
-        _promise(weakref.ref(self))
+        try:
+            _promise(*(weakref.ref(self), AGAIN) if again else (lambda: self, DELIVERY))
+        except RuntimeError:  # No thread can be started: the next call tries again, at the end of the interpreter `_at_exit` delivers
+            self._called = False
 
 # %% ../nbs/45_counts.ipynb #3d6f4e2c
 class _Folding(_Counting):
@@ -98,19 +106,28 @@ class _Folding(_Counting):
 
     def fold(self) -> None:
         "Count the hits that were only noted."
-        with counting:
-            hits, self._hits = self._hits, {}
-        for key, row in hits.items():
-            while row is not None:
-                n, told, tally, row = row
-                said = codec.header(told)
-                self.asked(key, n)
-                self._add(key.partition(":")[0], Outcome.HIT, n, tally, str(said.meta.get("name", "")), said.cost.times(n))
+        with self._folding:
+            with counting:
+                hits, self._hits = self._hits, {}
+            for key, row in hits.items():
+                while row is not None:
+                    n, told, tally, row = row
+                    said = codec.header(told)
+                    self.asked(key, n)
+                    self._add(key.partition(":")[0], Outcome.HIT, n, tally, str(said.meta.get("name", "")), said.cost.times(n))
+        if hits and not self._called:  # Whoever delivers has come in between
+            self._call()
 
     def named(self) -> dict[str, float]:
         "All that was counted, by the names under which stores keep it."
-        names = {f"{kind}:{outcome}": row[0] for (kind, outcome), row in self.tally.rows().items()}
-        return names | _names({name: tally.rows() for name, tally in list(self.functions.items())})
+        self.fold()
+        functions = {name: tally.rows() for name, tally in list(self.functions.items())}
+        return _totals(self.tally.rows()) | _names(functions)
+
+# %% ../nbs/45_counts.ipynb #5f27b66f
+def _totals(rows: Mapping[Pair, Row]) -> dict[str, float]:
+    "The counters of all functions together, by name."
+    return {f"{kind}:{outcome}": row[0] for (kind, outcome), row in rows.items()}
 
 
 def _names(functions: Mapping[str, Mapping[Pair, Row]]) -> dict[str, float]:
@@ -124,16 +141,20 @@ class Counts(_Folding):
 
     def deliver(self) -> Flow[None]:
         "Carry what is new to the store. Raises `StoreError`; then it is kept for the next time."
+        self.fold()
         self._called = False
-        fresh = self.tally.take()
-        functions = {name: tally.take() for name, tally in list(self.functions.items())}
+        with self._taking:
+            functions = {name: fresh for name, tally in list(self.functions.items()) if (fresh := tally.take())}
+            total = self.tally.take()
         try:
-            if fresh:
-                yield from self.store.bump({f"{kind}:{outcome}": row[0] for (kind, outcome), row in fresh.items()} | _names(functions))
-        except BaseException:
-            self.tally.give(fresh)
+            if total or functions:
+                yield from self.store.bump(_totals(total) | _names(functions))
+        except BaseException as error:
+            self.tally.give(total)
             for name, rows in functions.items():
                 self.functions[name].give(rows)
+            if isinstance(error, (StoreError, CancelledError)) and not self._called:
+                self._call(again=True)
             raise
         asked, self._asked = self._asked, {}
         if asked:
@@ -144,14 +165,13 @@ class Counts(_Folding):
 _all: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def _promise(reference: weakref.ref[Any]) -> None:
-    timer = threading.Timer(DELIVERY, _deliver, [reference])
+def _promise(reference: Callable[[], Any], seconds: float) -> None:
+    timer = threading.Timer(seconds, _deliver, [reference])
     timer.daemon = True
-    with suppress(RuntimeError):  # The interpreter is ending; `_at_exit` delivers
-        timer.start()
+    timer.start()
 
 
-def _deliver(reference: weakref.ref[Any]) -> None:
+def _deliver(reference: Callable[[], Any]) -> None:
     if (counts := reference()) is not None:
         with suppress(StoreError):
             drive(counts.deliver())

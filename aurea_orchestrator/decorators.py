@@ -128,10 +128,10 @@ class _Handy(_Asking):
         return self._run(self._explain(found, self._fields(args, kwargs), bypass))
 
     def _explain(self, found: str | list[str], fields: _Fields, bypass: bool) -> Flow[Any]:
-        from aurea_orchestrator.explain import explain
-        cache, told = self.cache, []
-        for place, key in enumerate([found] if isinstance(found, str) else found):
-            told.append((yield from explain(cache, key, self.name, self._who, fields(place), bypass)))
+        from aurea_orchestrator.explain import explain_all
+        stale: Any = self.options.stale
+        calls = [(key, fields(place)) for place, key in enumerate([found] if isinstance(found, str) else found)]
+        told = yield from explain_all(self.cache, calls, self.name, self._who, bypass, stale)
         return told[0] if isinstance(found, str) else told
 
     def map(self, inputs: Any, /, **options: Any) -> list[Any]:

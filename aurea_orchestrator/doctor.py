@@ -5,6 +5,7 @@
 # %% ../nbs/77_doctor.ipynb #710098f5
 from __future__ import annotations
 
+import os
 import platform
 import secrets
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import __version__
@@ -27,10 +29,11 @@ from .origins import Finding, Origin, dotenv_of, misspelt, origins
 from .sheets import Sheet, size
 from .stores.base import Item, Store
 from .stores.urls import choose_store, redis_url
+from .terminal import engine_of, unmade
 
 # %% auto #0
 __all__ = ['SKEW', 'of_server', 'ask_servers', 'together', 'of_clock', 'Latency', 'timed', 'feel', 'hearing', 'of_disk',
-           'versions', 'Report', 'of_store', 'of_settings', 'examine']
+           'versions', 'Report', 'of_store', 'of_nothing', 'of_settings', 'examine']
 
 # %% ../nbs/77_doctor.ipynb #8e5119f6
 def _warning(about: str, says: str, mend: str = "") -> Finding: return Finding(about, "warning", says, mend)
@@ -248,7 +251,7 @@ def of_store(
     timeout: float,          # Seconds that an operation may take
 ) -> tuple[list[Finding], dict[str, Any]]:
     "Examine a store."
-    engine = getattr(getattr(store, "shared", store), "inner", getattr(store, "shared", store))
+    engine = engine_of(store)
     probe = Item(f"llm:aurea-probe-{secrets.token_hex(4)}", bytes(4096), 10.0)
     facts: dict[str, Any] = {"name": store.name, "url": store.url}
     findings, latency = list[Finding](), dict[str, Any]()
@@ -274,6 +277,19 @@ def of_store(
     drive(engine.shut())
     return findings, {**facts, "latency_seconds": latency}
 
+# %% ../nbs/77_doctor.ipynb #9f981a9c
+def of_nothing(
+    path: Path,    # A cache file that is not there
+    named: bool,   # Whether `--url` names it
+) -> Finding:
+    "What that means."
+    there = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if named:
+        return _wrong("store", "there is no such cache file", "see whether --url names the right one")
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        return _wrong("store", f"there is no cache file, and none can be made in {there}; every call is computed", "set CACHE_URL")
+    return Finding("store", "note", "there is no cache file yet; the first call makes it")
+
 # %% ../nbs/77_doctor.ipynb #bb336ff5
 def of_settings(settings: Settings, backends: Callable[[Settings], Sequence[Any]]) -> Iterator[Finding]:
     "What to know about who answers, and who may ask."
@@ -293,7 +309,7 @@ def of_settings(settings: Settings, backends: Callable[[Settings], Sequence[Any]
     if not prices():
         yield Finding("prices", "note", "no price list: tokens are counted, US dollars are not", "pip install aurea-orchestrator[prices]")
 
-
+# %% ../nbs/77_doctor.ipynb #2c2497ec
 def examine(
     given: Mapping[str, Any],                         # Settings that options of the command have set
     environ: Mapping[str, str],
@@ -309,7 +325,13 @@ def examine(
         return Report([_wrong("settings", str(error).replace("\n ", "")), *findings], [], versions(), {})
     url = settings.cache_url.get_secret_value() if settings.cache_url else redis_url(settings)
     why = "--url" if "cache_url" in given else why
-    of_it, facts = of_store(store, url, settings.cache_timeout)
-    findings = [Finding("store", "ok" if facts["up"] else "wrong", f"{store.name} at {store.url} ({why})"), *of_it, *findings]
-    findings += of_settings(settings, backends)
+    says = f"{store.name} at {store.url} ({why})"
+    if path := unmade(store):
+        missing = of_nothing(path, "cache_url" in given)
+        of_it = [missing._replace(says=f"{says}: {missing.says}")]
+        facts: dict[str, Any] = {"name": store.name, "url": store.url, "up": None, "latency_seconds": {}}
+    else:
+        of_it, facts = of_store(store, url, settings.cache_timeout)
+        of_it.insert(0, Finding("store", "ok" if facts["up"] else "wrong", says))
+    findings = [*of_it, *findings, *of_settings(settings, backends)]
     return Report(findings, origins(settings, environ, dotenv, list(given)), versions(), {**facts, "chosen": why})

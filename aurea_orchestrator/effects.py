@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from operator import methodcaller
 from typing import Any, TypeAlias, TypeVar
 
@@ -51,13 +54,31 @@ class Inline(Effect):
         return self.call()
 
 
+_workers: ThreadPoolExecutor
+
+
+def _hire() -> None:
+    "Begin with no thread; so begins a forked child, which has none of its parent's."
+    global _workers
+    _workers = ThreadPoolExecutor(thread_name_prefix="aurea-block")
+
+
+_hire()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_hire)
+
+
 class Block(Inline):
     "A call that may block: made in place for a sync caller, in a worker thread for an async one."
 
     __slots__ = ()
 
     async def ado(self) -> Any:
-        return await asyncio.to_thread(self.call)
+        try:
+            done = asyncio.get_running_loop().run_in_executor(_workers, copy_context().run, self.call)
+        except RuntimeError:  # The interpreter is ending, and starts no thread any more
+            return self.call()
+        return await done
 
 # %% ../nbs/03_effects.ipynb #de111b86
 class Both(Effect):

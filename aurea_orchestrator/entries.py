@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from . import codec, keys
 from .counts import kinds
 from .effects import Flow
-from .errors import CodecError, StoreError
+from .errors import CodecError, ConfigError, StoreError
 from .readable import payload_of, type_name
 from .request import Workings
 from .rich_display import rich_display
@@ -78,20 +79,30 @@ Functions: TypeAlias = str | Callable[..., Any] | Iterable[str | Callable[..., A
 def whose(
     functions: Functions | None,  # None: all
 ) -> Callable[..., bool]:         # Tells for the name of a function, and who it is if that was noted, whether it was chosen
-    "Choose functions."
+    "Choose functions. Raises `ConfigError` for what is neither a function nor a name."
     if functions is None:
         return lambda name, who="": True
     several = [functions] if isinstance(functions, str) or callable(functions) else functions
-
-    def named(each: Any) -> tuple[str, str]:
-        return (each, "") if isinstance(each, str) else (f"{each.__module__}.{each.__qualname__}", getattr(each, "_who", ""))
-
-    known = [named(each) for each in several]
+    known = [_named(each) for each in several]
 
     def chosen(name: str, who: str = "") -> bool:
         return any((name == each or name.endswith(f".{each}")) and (not its or who in ("", its)) for each, its in known)
 
     return chosen
+
+
+def _named(each: Any) -> tuple[str, str]:
+    "The name of a function, and who it is, if it is a cached one."
+    while isinstance(each, partial):
+        each = each.func
+    if isinstance(each, str):
+        return each, ""
+    if not isinstance(name := getattr(each, "name", None), str):
+        try:
+            name = f"{each.__module__}.{each.__qualname__}"
+        except AttributeError:
+            raise ConfigError(f"a {type(each).__name__} is no function: give a function, or the name of one") from None
+    return name, getattr(each, "_who", "")
 
 # %% ../nbs/54_entries.ipynb #b2e75b81
 PAGE, PAGE_BYTES = 100, 2**20  # Entries that are read or written at once, and about how many bytes of them

@@ -5,22 +5,24 @@
 # %% ../nbs/38_explain.ipynb #e3e9d679
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from . import codec, keys
 from .effects import Flow
 from .errors import CodecError, StoreError
 from .events import Cost
-from .facts import Difference, differences, first_difference
+from .facts import Difference, differences, first_difference, remembered
 from .sheets import Sheet, money
 from .sheets import seconds as readable_seconds
 from .rich_display import rich_display
 
-MOST = 20_000  # Entries that are compared
+MOST = 20_000  # Entries that are read to find the nearest
 
 # %% auto #0
-__all__ = ['MOST', 'Explanation', 'saving', 'in_words', 'ago', 'explain']
+__all__ = ['MOST', 'Explanation', 'saving', 'in_words', 'ago', 'explain', 'explain_all']
 
 # %% ../nbs/38_explain.ipynb #7aa98e5c
 @rich_display
@@ -69,23 +71,44 @@ def ago(seconds: float) -> str:
     return f"{n} {unit}{'s' * (n != 1)}"
 
 # %% ../nbs/38_explain.ipynb #4b95e121
-def explain(cache: Any, key: str, name: str, who: str, fields: Mapping[str, Any], bypass: bool = False) -> Flow[Explanation]:
+def explain(
+    cache: Any,
+    key: str,
+    name: str,                  # Of the function
+    who: str,                   # A digest of its code
+    fields: Mapping[str, Any],  # The arguments of the call, by name
+    bypass: bool = False,
+    stale: float = math.inf,    # Seconds past its ttl that the caller takes an answer
+) -> Flow[Explanation]:
     "Why the call with this key, of this function, with these arguments, would be a hit or a miss."
+    [told] = yield from explain_all(cache, [(key, fields)], name, who, bypass, stale)
+    return told
+
+
+def explain_all(
+    cache: Any, calls: Sequence[tuple[str, Mapping[str, Any]]], name: str, who: str, bypass: bool = False, stale: float = math.inf
+) -> Flow[list[Explanation]]:
+    "`explain` for several calls of a function, each given by its key and its arguments."
     if bypass or cache.current_mode in ("refresh", "off"):
         why = "the caller asks for a new answer (bypass_cache)" if bypass else f"the cache is in the mode {cache.current_mode}"
-        return Explanation("bypass", f"it is computed without a look: {why}", key)
-    memory = cache.store.peek(key) is not None
+        return [Explanation("bypass", f"it is computed without a look: {why}", key) for key, _ in calls]
     try:
-        [blob] = yield from cache.store.get_many([key])
-        if blob is not None and (found := _hit(cache, key, blob, "the memory of this process" if memory else cache.store.url)):
-            return found
-        return (yield from _miss(cache, key, name, who, fields))
+        near = {key for key, _ in calls if cache.store.peek(key) is not None}
+        blobs = yield from cache.store.get_many([key for key, _ in calls])
+        told = dict[str, Explanation]()
+        for (key, _), blob in zip(calls, blobs):
+            where = "the memory of this process" if key in near else cache.store.url
+            if blob is not None and (found := _hit(cache, key, blob, where, stale)):
+                told[key] = found
+        missing = {key: fields for key, fields in calls if key not in told}
+        told |= (yield from _misses(cache, missing, name, who)) if missing else {}
+        return [told[key] for key, _ in calls]
     except StoreError as error:
-        return Explanation("miss", f"the cache is degraded, so every call is computed: {error}", key)
+        return [Explanation("miss", f"the cache is degraded, so every call is computed: {error}", key) for key, _ in calls]
 
-
-def _hit(cache: Any, key: str, blob: bytes, where: str) -> Explanation | None:
-    "What an entry says, if it can answer."
+# %% ../nbs/38_explain.ipynb #b5421ed9
+def _hit(cache: Any, key: str, blob: bytes, where: str, stale: float) -> Explanation | None:
+    "What an entry says, if it can answer, or could once."
     try:
         codec.check(blob, key.encode())
         said = codec.header(blob)
@@ -95,6 +118,8 @@ def _hit(cache: Any, key: str, blob: bytes, where: str) -> Explanation | None:
     age, past = now - said.born, 0.0 if said.ttl is None else now - said.born - said.ttl
     if past <= 0:
         return Explanation("hit", f"it was computed {ago(age)} ago and is in {where}", key, age, where, said.cost)
+    if past > stale:
+        return Explanation("miss", f"it expired {ago(past)} ago; what is left of it in {where} is older than stale= allows", key)
     why = f"it expired {ago(past)} ago and is still in {where}; it may be served once more while it is computed anew (stale=)"
     return Explanation("stale", why, key, age, where, said.cost)
 
@@ -103,39 +128,59 @@ class _Near(NamedTuple):
     key: str
     born: float
     same_code: bool
-    differences: list[Difference]
+    apart: int              # Places that differ
+    args: Mapping[str, str]
+
+    def rank(self) -> tuple[int, bool, float]:
+        return self.apart, not self.same_code, -self.born
 
 
-def _near(cache: Any, kind: str, namespace: str | None, name: str, who: str, fields: Mapping[str, Any]) -> Flow[tuple[_Near | None, int]]:
-    "The nearest stored call of a function, and how many there are."
-    best, looked, cursor = None, 0, None
-    while looked < MOST:
-        page = yield from cache.store.scan(keys.prefix(kind, namespace), cursor)
+_Asked = dict[str, Mapping[str, str]]  # By key, what an entry would carry of the call
+
+
+def _near(cache: Any, asked: _Asked, name: str, who: str) -> Flow[tuple[dict[str, _Near], int]]:
+    "The nearest stored call of a function to each of those that are asked about, and how many there are."
+    store, parts, best = getattr(cache.store, "shared", cache.store), keys.split(next(iter(asked))), dict[str, _Near]()
+    looked, read, step, cursor = 0, 0, 10, None
+    while read < MOST:
+        page = yield from store.scan(keys.prefix(parts.kind, parts.namespace), cursor)
         ours = [key for key in page.keys if keys.is_key(key)]
-        for key, blob in zip(ours, (yield from cache.store.get_many(ours))):
-            try:
-                said = codec.header(blob) if blob is not None else None
-            except CodecError:
-                continue
-            if said is not None and said.meta.get("name") == name:
-                looked += 1
-                args = said.meta.get("args", {})
-                one = _Near(key, said.born, said.meta.get("who", who) == who, differences(fields, args))
-                best = one if args and (best is None or _rank(one) < _rank(best)) else best
+        while part := ours[:step]:
+            del ours[:step]
+            blobs = yield from store.get_many(part)
+            read, step = read + len(part), max(1, min(100, len(part) * 2**20 // (sum(map(len, filter(None, blobs))) or 1)))
+            for key, blob in zip(part, blobs):
+                if blob is not None and (said := _header(blob)) is not None and said.meta.get("name") == name:
+                    looked += 1
+                    _compare(best, asked, key, said, said.meta.get("who", who) == who)
         if (cursor := page.cursor) is None:
             break
     return best, looked
 
 
-def _rank(one: _Near) -> tuple[int, bool, float]:
-    return len(one.differences), not one.same_code, -one.born
+def _header(blob: bytes) -> codec.Header | None:
+    with suppress(CodecError):
+        return codec.header(blob)
+    return None
 
 
+def _compare(best: dict[str, _Near], asked: _Asked, key: str, said: codec.Header, same_code: bool) -> None:
+    "Put an entry in the place of those that are farther away."
+    if args := said.meta.get("args"):
+        for wanted, now in asked.items():
+            apart = sum(now.get(path, "")[:8] != args.get(path, "")[:8] for path in {*now, *args})  # A digest has eight digits
+            one = _Near(key, said.born, same_code, apart, args)
+            if wanted not in best or one.rank() < best[wanted].rank():
+                best[wanted] = one
 
 # %% ../nbs/38_explain.ipynb #7b769401
-def _miss(cache: Any, key: str, name: str, who: str, fields: Mapping[str, Any]) -> Flow[Explanation]:
-    parts = keys.split(key)
-    near, looked = yield from _near(cache, parts.kind, parts.namespace, name, who, fields)
+def _misses(cache: Any, calls: Mapping[str, Mapping[str, Any]], name: str, who: str) -> Flow[dict[str, Explanation]]:
+    "Why each of some calls, given by key, is a miss."
+    near, looked = yield from _near(cache, {key: remembered(fields, "text") for key, fields in calls.items()}, name, who)
+    return {key: _miss(cache, key, name, fields, near.get(key), looked) for key, fields in calls.items()}
+
+
+def _miss(cache: Any, key: str, name: str, fields: Mapping[str, Any], near: _Near | None, looked: int) -> Explanation:
     gone = cache.ended_at.get(key)
     if gone is not None and gone <= cache.clock.now():
         return Explanation("miss", f"it expired {ago(cache.clock.now() - gone)} ago", key)
@@ -144,16 +189,17 @@ def _miss(cache: Any, key: str, name: str, who: str, fields: Mapping[str, Any]) 
     if near is None:
         some = f"not asked so far, as far as {looked} stored calls of {name} tell"
         return Explanation("miss", some if looked else f"never asked: nothing is stored of {name}", key)
-    if not near.differences:
+    if not near.apart:
         why = "the function's source, its version or its surroundings changed; its arguments are the same as before"
         if near.same_code:
             why = "the same arguments are stored under another key, so the calls differ in a way that is not remembered"
         return Explanation("miss", why, key, nearest=near.key)
-    words = ", ".join(_words(one) for one in near.differences[:5])
-    more = f", and {len(near.differences) - 5} places more" if len(near.differences) > 5 else ""
+    found = differences(fields, near.args)
+    words = ", ".join(_words(one) for one in found[:5])
+    more = f", and {len(found) - 5} places more" if len(found) > 5 else ""
     code = "" if near.same_code else "; and the function's source changed"
     why = f"not asked before; the nearest stored call differs in {words}{more}{code}"
-    return Explanation("miss", why, key, nearest=near.key, differences=near.differences)
+    return Explanation("miss", why, key, nearest=near.key, differences=found)
 
 
 def _words(one: Difference) -> str:

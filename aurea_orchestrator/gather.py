@@ -38,13 +38,21 @@ def _hand_out(waiting: _Waiting, replies: Sequence[Any]) -> None:
             future.set_result(reply)
 
 
+def _own(error: Exception) -> Exception:
+    "A copy of the error; itself, if it cannot be made from its `args`."
+    try:
+        own = copy(error)
+    except Exception:
+        return error
+    own.__cause__ = error.__cause__
+    return own
+
+
 def _fail(waiting: _Waiting, error: Exception) -> None:
     "To each a copy of the error."
     for future, *_ in waiting:
         if not future.done():
-            own = copy(error)
-            own.__cause__ = error.__cause__
-            future.set_exception(own)
+            future.set_exception(_own(error))
             future.exception()  # Or asyncio complains of one who is cancelled before he hears it
 
 # %% ../nbs/05_gather.ipynb #87e321dd
@@ -54,7 +62,7 @@ class Gather:
     def __init__(
         self,
         send: Callable[[list[Any]], Awaitable[Sequence[Any]]],  # Answers items, in their order
-        at_once: int = 1000,                                    # Items in a batch
+        at_once: int = 1000,                                    # Room in a batch
     ) -> None:
         self.send, self.at_once = send, at_once
         self.tasks = set[asyncio.Task[None]]()  # Being sent; a loop alone would forget them
@@ -64,9 +72,9 @@ class Gather:
         "The reply to an item, sent with those of all others who ask in this tick."
         return self._join(item, None, 1)
 
-    def ask(self, items: Sequence[Any]) -> asyncio.Future[list[Any]]:
-        "The list of replies to several items, likewise."
-        return self._join(items, many := len(items), many)
+    def ask(self, items: Sequence[Any], room: int | None = None) -> asyncio.Future[list[Any]]:
+        "The list of replies to several items, likewise; how much room they take, if not one each."
+        return self._join(items, many := len(items), many if room is None else room)
 
     def _join(self, what: Any, many: int | None, room: int) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()

@@ -18,7 +18,7 @@ from .counts import kinds
 from .display import of_entry
 from .effects import Flow
 from .entries import Listing, Seen, look, seen, shared, whole, whose
-from .errors import ConfigError, StoreError
+from .errors import AureaError, ConfigError, StoreError
 from .events import Cost
 from .readable import payload_of, shown
 from .request import Workings
@@ -27,8 +27,8 @@ from .terminal import document
 from .values import BYTES
 
 # %% auto #0
-__all__ = ['ORDERS', 'read_seconds', 'find', 'keys_held', 'ordered', 'choose', 'plain', 'table', 'value_of', 'lines', 'one',
-           'sheet_of', 'look_again', 'progress']
+__all__ = ['ORDERS', 'read_seconds', 'find', 'the_one', 'keys_held', 'ordered', 'choose', 'plain', 'table', 'value_of', 'lines',
+           'one', 'sheet_of', 'look_again', 'progress']
 
 # %% ../nbs/78_looking.ipynb #800a42c7
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -69,6 +69,16 @@ def find(
             if (cursor := page.cursor) is None:
                 break
     return sorted(matches)[:most]
+
+
+def the_one(cache: Workings, beginning: str) -> Flow[str]:
+    "The key that is meant. Raises as `find` does, and `AureaError` where there is none, or several."
+    found = yield from find(cache, beginning)
+    if not found:
+        raise AureaError(f"no entry begins with {beginning}")
+    if len(found) > 1:
+        raise AureaError(f"{beginning} may mean several entries; write more of it:\n  " + "\n  ".join(found))
+    return found[0]
 
 # %% ../nbs/78_looking.ipynb #409bf235
 def keys_held(cache: Workings, kind: str | None = None, namespace: str | None = None) -> Flow[int]:
@@ -118,7 +128,7 @@ def choose(
     older: str | None = None,               # As in `7d`
 ) -> Flow[tuple[Listing, str]]:             # And a word, if no entry is of these functions
     "The entries that are meant. Raises `StoreError`, `ConfigError`."
-    listing = yield from look(cache, kind, namespace, function or None, read_seconds(older) if older else None)
+    listing = yield from look(cache, kind, namespace, function, None if older is None else read_seconds(older))
     if listing or not function:
         return listing, ""
     names = sorted({one.function for one in (yield from look(cache, kind, namespace))} - {""})

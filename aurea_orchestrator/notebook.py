@@ -6,44 +6,48 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import inspect
-import threading
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 from IPython.core.error import UsageError
-from IPython.core.magic import Magics, line_cell_magic, magics_class
+from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
 from .cache import get_cache
+from .decorators import BoundFunction, CachedFunction
 from .errors import ConfigError
 from .request import MODES
+from .runs import on_a_loop
 
 WORDS = ("stats", "explain", "clear", "mode")
 
 # %% auto #0
-__all__ = ['WORDS', 'in_thread', 'called', 'AureaMagics', 'complete', 'load']
+__all__ = ['WORDS', 'ours', 'waited', 'quietly', 'called', 'AureaMagics', 'complete', 'load']
 
 # %% ../nbs/81_notebook.ipynb #2d1d463b
-def in_thread(begin: Callable[[], Any]) -> Any:
+def ours(value: Any) -> bool:
+    "Whether it is a cached function, perhaps of an instance."
+    return isinstance(value, (CachedFunction, BoundFunction))
+
+
+def waited(value: Any) -> Any:
     "What an awaitable gives, awaited on a loop of its own: that of the notebook is busy with this cell."
-    box: list[Any] = []
+    async def given() -> Any:
+        return await value
 
-    def run() -> None:
-        async def main() -> Any:
-            return await begin()
+    return on_a_loop(given) if inspect.isawaitable(value) else value
 
-        try:
-            box.append(asyncio.run(main()))
-        except BaseException as error:
-            box.extend((None, error))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if len(box) > 1:
-        raise box[1]
-    return box[0]
+@contextmanager
+def quietly(shell: Any) -> Iterator[None]:
+    "Without showing errors: who raises them again shows them."
+    shows, shell._showtraceback = shell._showtraceback, lambda *_: None
+    try:
+        yield
+    finally:
+        shell._showtraceback = shows
 
 # %% ../nbs/81_notebook.ipynb #08de3a32
 def called(line: str, names: dict[str, Any]) -> tuple[Any, list[Any], dict[str, Any]]:
@@ -80,20 +84,19 @@ class _Words(Magics):
 
     def _explain(self, rest: str) -> Any:
         fn, args, kwargs = called(rest, self._names())
-        if not hasattr(fn, "explain"):
+        if not ours(fn):
             raise UsageError(f"{getattr(fn, '__name__', fn)} is not a cached function; decorate it with @cache_llm_response")
-        said = fn.explain(*args, **kwargs)
-        return in_thread(lambda: said) if inspect.isawaitable(said) else said
+        return waited(fn.explain(*args, **kwargs))
 
     def _clear(self, rest: str) -> None:
-        fn: Any = self._names().get(rest)
         if not rest:
             raise UsageError("say what: %aurea clear llm, %aurea clear ask (a function), or %aurea clear all; for all who share the store")
+        name, *path = rest.split(".")
+        fn: Any = reduce(lambda thing, each: getattr(thing, each, None), path, self._names().get(name))
         try:
-            gone = fn.cache_clear() if hasattr(fn, "cache_clear") else get_cache().clear(None if rest == "all" else rest)
+            gone = waited(fn.cache_clear()) if ours(fn) else get_cache().clear(None if rest == "all" else rest)
         except ConfigError as error:
             raise UsageError(f"{rest} is neither a kind nor a cached function here: {error}") from None
-        gone = in_thread(lambda: gone) if inspect.isawaitable(gone) else gone
         print(f"{gone} answers were forgotten")
 
     def _mode(self, rest: str) -> None:
@@ -109,17 +112,19 @@ class _Words(Magics):
     def _in_mode(self, mode: str, cell: str) -> None:
         shell: Any = self.shell
         code = shell.transform_cell(cell)
-        with self._switch(mode):
+        with self._switch(mode), quietly(shell):
             if shell.should_run_async(cell, transformed_cell=code):
-                in_thread(lambda: shell.run_cell_async(cell, store_history=False, transformed_cell=code))
+                done = on_a_loop(lambda: shell.run_cell_async(cell, store_history=False, transformed_cell=code))
             else:
-                shell.run_cell(cell, store_history=False)
+                done = shell.run_cell(cell, store_history=False)
+        done.raise_error()
 
 # %% ../nbs/81_notebook.ipynb #a22330ac
 @magics_class
 class AureaMagics(_Words):
     "`%aurea` and `%%aurea`."
 
+    @no_var_expand
     @line_cell_magic
     def aurea(self, line: str, cell: str | None = None) -> Any:
         """The cache at hand.
@@ -141,7 +146,7 @@ class AureaMagics(_Words):
 def complete(shell: Any, event: Any) -> list[str]:
     "What may stand at the cursor."
     before = event.line[: len(event.line) - len(event.symbol)].split()
-    cached = sorted(name for name, value in shell.user_ns.items() if hasattr(value, "cache_clear") and not name.startswith("_"))
+    cached = sorted(name for name, value in shell.user_ns.items() if ours(value) and not name.startswith("_"))
     if len(before) == 1:
         return list(MODES) if before[0].startswith("%%") else list(WORDS)
     named = {"mode": list(MODES), "explain": [f"{name}(" for name in cached], "clear": ["llm", "embedding", "all", *cached]}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aurea_orchestrator.sheets import Sheet
 
 # %% auto #0
-__all__ = ['Options', 'CacheInfo']
+__all__ = ['Options', 'seconds', 'CacheInfo']
 
 # %% ../nbs/37_options.ipynb #cccc96b8
 @dataclass(frozen=True)
@@ -38,17 +38,22 @@ class Options:
 
     def __post_init__(self) -> None:
         check_namespace(self.namespace)
-        object.__setattr__(self, "ttl", None if self.ttl is None else _seconds("ttl", self.ttl, 1e-3))
-        object.__setattr__(self, "stale", _seconds("stale", self.stale, 0.0))
-        object.__setattr__(self, "early", _seconds("early", self.early, 0.0))
+        object.__setattr__(self, "ttl", None if self.ttl is None else seconds("ttl", self.ttl, 1e-3))
+        object.__setattr__(self, "stale", seconds("stale", self.stale, 0.0))
+        object.__setattr__(self, "early", seconds("early", self.early, 0.0))
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
 
 
-def _seconds(name: str, value: Any, least: float) -> float:
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds) or seconds < least:
+def seconds(
+    name: str,     # What it is called, for the message
+    value: Any,    # A number, or a timedelta
+    least: float,  # The smallest number that can work
+) -> float:
+    "A stretch of time in seconds. Raises `ConfigError`."
+    n = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(n, bool) or not isinstance(n, (int, float)) or not math.isfinite(n) or n < least:
         raise ConfigError(f"{name}={value!r} cannot work: it is a finite number, at least {least:g}, or a timedelta")
-    return float(seconds)
+    return float(n)
 
 # %% ../nbs/37_options.ipynb #2e9ae34c
 @rich_display

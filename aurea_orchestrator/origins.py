@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from .address import without_secrets
 from .config import Settings
 
 # %% auto #0
-__all__ = ['Finding', 'Origin', 'without_secrets', 'origins', 'dotenv_of', 'misspelt']
+__all__ = ['Finding', 'Origin', 'origins', 'dotenv_of', 'misspelt']
 
 # %% ../nbs/62_origins.ipynb #b0e6c0d0
 class Finding(NamedTuple):
@@ -41,18 +41,13 @@ def _names(name: str) -> list[str]:
     return [str(each).upper() for each in getattr(alias, "choices", [name])]
 
 
-def without_secrets(url: str) -> str:
-    "An address that can be shown."
-    return re.split("[?#]", re.sub(r"^([\w+.-]+://)?[^/]*@", r"\1", url))[0]
-
-
 def _shown(value: Any, name: str) -> str:
     if value is None:
         return "-"
-    if name == "cache_url":
-        return without_secrets(value.get_secret_value())
-    text = "(hidden)" if hasattr(value, "get_secret_value") else str(value).lower() if isinstance(value, bool) else str(value)
-    return without_secrets(text) if "://" in text else text
+    secret = hasattr(value, "get_secret_value")
+    if name.endswith("_url"):
+        return without_secrets(value.get_secret_value() if secret else value)
+    return "(hidden)" if secret else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def origins(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,9 +18,38 @@ from typing import Any
 from .errors import AureaError, BackendError, StreamLostError
 
 # %% auto #0
-__all__ = ['PATIENCE', 'Pace', 'estimated', 'passing', 'asked_to_wait', 'backoff']
+__all__ = ['PATIENCE', 'Log', 'Pace', 'log_of', 'estimated', 'passing', 'asked_to_wait', 'backoff']
 
 # %% ../nbs/57_pacing.ipynb #544d18be
+class Log:
+    "What was begun in the last minute, or will be: `[when, requests, tokens]` each, in the order of time."
+
+    def __init__(self) -> None:
+        self.begun, self.lock = deque[list[float]](), threading.Lock()
+        self.requests = self.tokens = 0.0  # In all
+
+    def note(self, when: float, requests: float, tokens: float) -> list[float]:
+        "Put something in, at a time that is none before the last."
+        self.begun.append(one := [when, requests, tokens])
+        self.requests, self.tokens = self.requests + requests, self.tokens + tokens
+        return one
+
+    def correct(self, one: list[float], requests: float, tokens: float) -> None:
+        "Change what is in. What counts no more takes no time at the end."
+        if one[0] > -math.inf:
+            self.requests, self.tokens = self.requests + requests - one[1], self.tokens + tokens - one[2]
+            one[1:] = requests, tokens
+            while self.begun and not any(self.begun[-1][1:]):
+                self.begun.pop()
+
+    def forget(self, before: float) -> None:
+        "Let go of what was begun up to then."
+        while self.begun and self.begun[0][0] <= before:
+            gone = self.begun.popleft()
+            self.requests, self.tokens = self.requests - gone[1], self.tokens - gone[2]
+            gone[0] = -math.inf   # Nothing is to be corrected any more
+
+# %% ../nbs/57_pacing.ipynb #5ce8f6bb
 class Pace:
     "At most so many requests and tokens in any 60 seconds."
 
@@ -28,38 +58,43 @@ class Pace:
         rpm: float | None,            # Requests; None: no limit
         tpm: float | None,            # Tokens; None: no limit
         tick: Callable[[], float],    # Seconds, on a clock that only goes forward
+        log: Log | None = None,       # What was begun before, and what others begin; None: nothing
     ) -> None:
-        self.rpm, self.tpm, self.tick = rpm or math.inf, tpm or math.inf, tick
-        self._log: deque[list[float]] = deque()   # [when, requests, tokens], oldest first
-        self._requests, self._tokens, self._lock = 0.0, 0.0, threading.Lock()
+        self.rpm, self.tpm, self.tick, self.log = rpm or math.inf, tpm or math.inf, tick, Log() if log is None else log
 
     def take(self, tokens: float) -> tuple[float, list[float]]:
         "Reserve one request: the seconds to wait before it is made, and a ticket for `settle`."
-        with self._lock:
-            when = self._now()
-            while self._log and (self._log[0][0] <= when - 60 or self._requests + 1 > self.rpm or self._tokens + tokens > self.tpm):
-                gone = self._log.popleft()
-                when = max(when, gone[0] + 60)
-                self._requests, self._tokens = self._requests - gone[1], self._tokens - gone[2]
-                gone[0] = -math.inf   # Nothing is to be settled any more
-            return when - self.tick(), self._note(when, 1, tokens)
+        with self.log.lock:
+            now, when = self.tick(), self._next()
+            self.log.forget(now - 60)
+            requests, used = self.log.requests, self.log.tokens
+            for then, *past in self.log.begun:
+                if then > when - 60 and requests + 1 <= self.rpm and used + tokens <= self.tpm:
+                    break
+                when, requests, used = max(when, then + 60), requests - past[0], used - past[1]
+            return when - now, self.log.note(when, 1, tokens)
 
     def settle(self, ticket: list[float] | None, requests: int, tokens: float) -> None:
         "Correct what was reserved to what came; without a ticket, note it."
-        with self._lock:
+        with self.log.lock:
             if ticket is None:
-                self._note(self._now(), requests, tokens)
-            elif ticket[0] > -math.inf:
-                self._requests, self._tokens = self._requests + requests - ticket[1], self._tokens + tokens - ticket[2]
-                ticket[1:] = requests, tokens
+                self.log.note(self._next(), requests, tokens)
+            else:
+                self.log.correct(ticket, requests, tokens)
 
-    def _now(self) -> float:
-        return max(self.tick(), self._log[-1][0] if self._log else -math.inf)
+    def _next(self) -> float:
+        return max(self.tick(), self.log.begun[-1][0] if self.log.begun else -math.inf)
 
-    def _note(self, when: float, requests: float, tokens: float) -> list[float]:
-        self._log.append(ticket := [when, requests, tokens])
-        self._requests, self._tokens = self._requests + requests, self._tokens + tokens
-        return ticket
+# %% ../nbs/57_pacing.ipynb #863a21a7
+_logs: weakref.WeakKeyDictionary[Any, dict[Callable[[], float], Log]] = weakref.WeakKeyDictionary()
+
+
+def log_of(
+    fn: Any,                    # A cached function
+    tick: Callable[[], float],  # The clock that its times are of
+) -> Log:
+    "What was begun of a function in the last minute, by whatever run."
+    return _logs.setdefault(fn, {}).setdefault(tick, Log())
 
 # %% ../nbs/57_pacing.ipynb #e091b963
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .counts import SPENT
 from .errors import ConfigError
-from .events import HITS, Event, Outcome
-from .pacing import Pace
+from .events import FREE, HITS, Cost, Event, Outcome
+from .pacing import Pace, log_of
 
 # %% auto #0
-__all__ = ['asking', 'Plan', 'listed', 'Heard', 'hear', 'Batch', 'first_open', 'takes_lists', 'refused', 'arguments', 'Run',
-           'Bar']
+__all__ = ['asking', 'Plan', 'listed', 'Heard', 'hear', 'hear_cost', 'Batch', 'first_open', 'takes_lists', 'text_of', 'refused',
+           'arguments', 'Run', 'Bar']
 
 # %% ../nbs/58_plans.ipynb #0ea3a619
 @dataclass(frozen=True)
@@ -33,10 +36,10 @@ class Plan:
     progress: bool = True                          # Whether to show a bar
     delay: float = 0.5                             # Seconds that a run must take for a bar to appear
     batch_size: int | None = None                  # Texts in one call of an embedding function; None: 256 if it takes lists, else 1
-    rpm: float | None = None                       # Computations begun in any 60 seconds, at most
+    rpm: float | None = None                       # Computations begun in any 60 seconds, at most; runs of one function share it
     tpm: float | None = None                       # Tokens asked for in any 60 seconds, at most
     retries: int = 0                               # How often a failed call is tried again
-    on: type[Exception] | tuple[type[Exception], ...] | None = None  # After which errors; None: those that may pass, see `passing`
+    on: Any = None                                 # After which errors, a class or several; None: those that may pass, see `passing`
     sleep: Callable[[float], Any] | None = None    # Waits some seconds; None: as the function does, blocking or awaiting
 
     def __post_init__(self) -> None:
@@ -48,21 +51,33 @@ class Plan:
                 raise ConfigError(f"{name}={value!r} cannot work: it is a finite number, at least {max(low, 0):g}")
         if self.errors not in ("raise", "return"):
             raise ConfigError(f"errors={self.errors!r} cannot work: it is 'raise' or 'return'")
+        classes = () if self.on is None else tuple(self.on) if isinstance(self.on, (list, tuple, set)) else (self.on,)
+        if not all(isinstance(one, type) and issubclass(one, BaseException) for one in classes):
+            raise ConfigError(f"on={self.on!r} cannot work: it is a class of errors, or several")
+        object.__setattr__(self, "on", classes if self.on is not None else None)
 
 # %% ../nbs/58_plans.ipynb #893cf435
 def listed(
     inputs: Any,               # A list, an iterator, a column, an array
 ) -> tuple[Iterable[Any], int | None]:
     "The inputs as Python's own values, and how many there are, where that is known."
-    if isinstance(inputs, (str, bytes, Mapping)):
-        raise ConfigError(f"a {type(inputs).__name__} is one input: give a list of them")
     if hasattr(inputs, "columns"):
         raise ConfigError("a table is not a list of inputs: give one column, or a list of its rows as dictionaries")
     plain = next(filter(None, (getattr(inputs, name, None) for name in ("tolist", "to_list", "to_pylist"))), None)
-    inputs = plain() if plain is not None else inputs
+    inputs = _dated(plain()) if plain is not None else inputs
+    if isinstance(inputs, (str, bytes, Mapping)):
+        raise ConfigError(f"a {type(inputs).__name__} is one input: give a list of them")
     if not isinstance(inputs, Iterable):
         raise ConfigError(f"a {type(inputs).__name__} is no list of inputs")
     return inputs, len(inputs) if isinstance(inputs, Sized) else None
+
+
+def _dated(column: Any) -> Any:
+    "The same with Python's own dates and stretches of time, where they are those of pandas."
+    if not isinstance(column, list):
+        return column
+    ways = ((getattr(one, "to_pydatetime", None) or getattr(one, "to_pytimedelta", None), one) for one in column)
+    return [way() if way is not None else one for way, one in ways]
 
 # %% ../nbs/58_plans.ipynb #65792827
 asking: ContextVar[Heard | None] = ContextVar("aureaasking", default=None)
@@ -72,27 +87,33 @@ class Heard:
     "What the bus tells of one call."
 
     def __init__(self, run: Run) -> None:
-        self.run, self.replies = run, list[tuple[Outcome, int]]()
-        self.seconds = 0.0
+        self.run, self.replies = run, list[tuple[Outcome, int, Cost]]()
+        self.cost = FREE  # That was told, and not yet whose it is
 
-    def outcomes(self, texts: int) -> Counter[Outcome]:
-        "How the call's own texts ended."
-        found: Counter[Outcome] = Counter()
-        for outcome, n in reversed(self.replies):
+    def ended(self, texts: int) -> tuple[Counter[Outcome], Cost]:
+        "How the call's own texts ended, and what they cost together."
+        found, cost = Counter[Outcome](), self.cost if self.run.stream else FREE
+        for outcome, n, paid in self.replies if self.run.stream else reversed(self.replies):
             if found.total() >= texts:
                 break
             found[outcome] += n
-        return found
+            cost = cost.plus(paid)
+        return found, cost
 
 
 def hear(run: Run, event: Event) -> None:
-    "Note an event with the call that it belongs to, if this run has made it."
-    if (heard := asking.get()) is None or heard.run is not run:
+    "Note how a call ended, if this run has made it."
+    if event.outcome is None or (heard := asking.get()) is None or heard.run is not run:
         return
-    if event.outcome is not None and event.outcome is not Outcome.ERROR:
-        heard.replies.append((event.outcome, event.count))
-    if event.step == "compute":
-        heard.seconds = max(heard.seconds, event.seconds)  # The outer computation has lasted as long as those inside of it
+    if event.outcome is not Outcome.ERROR:
+        heard.replies.append((event.outcome, event.count, heard.cost))
+    heard.cost = FREE
+
+
+def hear_cost(kind: str, outcome: str, cost: Cost) -> None:
+    "Note what the cache says that a call cost, if any run has made it. One of these serves all runs of a cache."
+    if outcome in SPENT and (heard := asking.get()) is not None:
+        heard.cost = cost
 
 # %% ../nbs/58_plans.ipynb #8fd5810b
 class Batch(NamedTuple):
@@ -107,7 +128,7 @@ class Batch(NamedTuple):
 
 
 _HOLDS = {"texts", "input", "inputs", "sentences", "documents", "docs", "queries"}
-_LISTS = ("list", "sequence", "iterable", "tuple", "collection")
+_LISTS = re.compile("list|sequence|iterable|tuple|collection", re.IGNORECASE)
 
 
 def first_open(fn: Any, common: Mapping[str, Any]) -> str:
@@ -122,14 +143,21 @@ def first_open(fn: Any, common: Mapping[str, Any]) -> str:
     return ""
 
 
-def takes_lists(fn: Any, name: str) -> bool:
-    "Whether an embedding function wants a list of texts: by its annotation, else by the parameter's name."
-    parameter = inspect.signature(fn).parameters.get(name)
-    if not hasattr(fn, "_lists") or parameter is None:
+def takes_lists(fn: Any, name: str, size: int | None = None) -> bool:
+    "Whether an embedding function is given lists of texts: if a batch size says so, else its annotation, else the parameter's name."
+    parameters = inspect.signature(fn).parameters
+    if name not in parameters or getattr(getattr(fn, "_lists", None), "name", None) != name:
         return False
-    if parameter.annotation is parameter.empty:
-        return name in _HOLDS
-    return any(word in str(parameter.annotation).lower() for word in _LISTS)
+    with suppress(Exception):  # A name that is not there yet, or never
+        parameters = inspect.signature(fn, eval_str=True).parameters
+    said = parameters[name].annotation
+    said = str(getattr(said, "__value__", said))  # What `type Texts = list[str]` stands for
+    return (size or 1) > 1 or bool(_LISTS.search(said)) or (name in _HOLDS and not re.search(r"\bstr\b", said))
+
+
+def text_of(value: Any) -> str | None:
+    "A text as Python's own; None for what is no text."
+    return str.__str__(value) if isinstance(value, str) else None
 
 # %% ../nbs/58_plans.ipynb #9d23f9f0
 def refused(fn: Any, name: str, common: Mapping[str, Any]) -> None:
@@ -151,8 +179,8 @@ def arguments(run: Run, job: Batch) -> Mapping[str, Any]:
     return bound.arguments
 
 # %% ../nbs/58_plans.ipynb #ef6f4ff6
-class Run:
-    "One run: what is to be asked, and what came."
+class _Asked:
+    "What is to be asked."
 
     def __init__(self, fn: Any, inputs: Any, plan: Plan, common: dict[str, Any]) -> None:
         if not hasattr(fn, "cache_info"):
@@ -166,16 +194,11 @@ class Run:
         self.awaits = inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)
         self.to = first_open(fn, common)
         refused(fn, self.name, common)
-        self.reads = self.cache.enabled and getattr(self.cache, "current_mode", "on") in ("on", "offline")
-        self.pace = Pace(plan.rpm, plan.tpm, self.cache.clock.tick) if plan.rpm or plan.tpm else None
+        self.lists = takes_lists(fn, self.to, plan.batch_size)
+        self.texts: dict[int, str] = {}              # By position, the inputs that go in lists
         self.jobs: Iterator[Batch] = iter(())
+        self.first: dict[Sequence[str], int] = {}    # By keys: which input asks for them first
         self.twins: list[tuple[int, Batch]] = []     # Calls that mean the same as one before, and whose
-        self.results: list[Any] = []
-        self.errors: dict[int, Exception] = {}
-        self.outcomes: Counter[Outcome] = Counter()
-        self.begun, self.done, self.seconds, self.usd, self.breathed = 0, 0, 0.0, 0.0, 0.0
-        self.stopped, self.bar = threading.Event(), Bar(self)
-        self.taking, self.lock = threading.Lock(), threading.Lock()  # For the inputs, which may make one wait; for what came
 
     def call(self, item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "The arguments for an input."
@@ -183,10 +206,58 @@ class Run:
             return (), {**self.common, **item}
         return ((), {**self.common, self.to: item}) if self.to else ((item,), self.common)
 
+    def new(self, job: Batch) -> bool:
+        "Whether no input before means the same call; else it is put aside."
+        first = self.first.setdefault(job.keys, job.places[0])
+        if first != job.places[0]:
+            self.twins.append((first, job))
+        return first == job.places[0]
+
+    def many(self, part: Sequence[tuple[str, int]], there: bool) -> Batch:
+        "One call for many texts, given by key and position."
+        keys, places = zip(*part)
+        return Batch(places, *self.call([self.texts[place] for place in places]), keys, there, True)
+
+    def cut(self, pairs: Sequence[tuple[str, int]], size: int, there: bool) -> list[Batch]:
+        "Calls of at most so many texts."
+        return [self.many(pairs[i : i + size], there) for i in range(0, len(pairs), size)]
+
+# %% ../nbs/58_plans.ipynb #625c3a0c
+class Run(_Asked):
+    "One run: what is to be asked, and what came."
+
+    def __init__(self, fn: Any, inputs: Any, plan: Plan, common: dict[str, Any]) -> None:
+        super().__init__(fn, inputs, plan, common)
+        tick, self.pace = self.cache.clock.tick, None
+        if plan.rpm or plan.tpm:
+            self.pace = Pace(plan.rpm, plan.tpm, tick, log_of(getattr(fn, "__func__", fn), tick))
+        self.results: list[Any] = []
+        self.errors: dict[int, Exception] = {}
+        self.outcomes, self.spent = Counter[Outcome](), FREE
+        self.begun, self.done, self.breathed = 0, 0, 0.0
+        self.stopped, self.bar = threading.Event(), Bar(self)
+        self.taking, self.lock = threading.Lock(), threading.Lock()  # For the inputs, which may make one wait; for what came
+
     def begin(self, job: Batch | None) -> Batch | None:
         "Note that a call is about to be made."
         self.begun += len(job.places) if job else 0
         return job
+
+    def succeeded(self, job: Batch, value: Any) -> None:
+        "Put results in their places."
+        self._came(job.places, value if job.batch else (value,))
+
+    def failed(self, places: Sequence[int], error: Exception) -> None:
+        "Put an error in the places of those that failed by it."
+        self.errors.update(dict.fromkeys(places, error))
+        self._came(places, [error] * len(places))
+
+    def _came(self, places: Sequence[int], values: Any) -> None:
+        with self.lock:
+            for place, one in zip(places, values):
+                self.results[place] = one
+            self.done += len(places)
+            self.bar.show()
 
     def told(self) -> str:
         "How far it is, in words."
@@ -224,7 +295,8 @@ class Bar:
         run, o = self.run, self.run.outcomes
         parts = [f"hits={sum(o[one] for one in HITS):,}", f"misses={o[Outcome.MISS]:,}"]
         parts += [f"bypass={o[Outcome.BYPASS]:,}"] if o[Outcome.BYPASS] else []
-        return ", ".join([*parts, f"errors={len(run.errors):,}", f"${run.usd:,.4f}" if run.usd else f"{run.seconds:,.1f} s computed"])
+        spent = f"${run.spent.usd:,.4f}" if run.spent.usd else f"{run.spent.seconds:,.1f} s computed"
+        return ", ".join([*parts, f"errors={len(run.errors):,}", spent])
 
     def close(self) -> None:
         "The last picture stays."

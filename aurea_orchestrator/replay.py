@@ -22,7 +22,7 @@ from .events import FREE, Cost, Outcome
 from .flight import Stopped
 from .leases import wake
 from .request import Reply, Request, Workings, count, tell
-from .steps import lookup, made, offline, store, usable, warn_once, worth
+from .steps import AWAITED, lookup, made, offline, store, supersede, usable, warn_once, worth
 from .streams import END, Again, Apart, Pull, Source, Tape
 
 # %% auto #0
@@ -52,7 +52,7 @@ def thaw(frozen: bytes | Loose) -> Any:
 # %% ../nbs/49_replay.ipynb #edbdcbcd
 def berth(request: Request) -> str:
     "Where a running stream is boarded: who blocks cannot read one that is awaited, nor the other way round."
-    return f"{request.keys[0]} awaited" if request.awaits else request.keys[0]
+    return AWAITED + request.keys[0] if request.awaits else request.keys[0]
 
 
 class Recorded(NamedTuple):
@@ -254,11 +254,12 @@ class Recording(_Leading):
         if loose is not None:
             warn_once(self.cache, request.name or request.kind, loose.why)
         elif self.cache.enabled and worth(request, [thaw(piece) for piece in tape.items]):
-            said = {self.key: [tape.items, returned]}
             request, seconds = replace(request, keep=anything), self.cache.clock.tick() - self.began
-            replies = made(self.cache, request, said, seconds, [thaw(piece) for piece in tape.items])
+            replies = made(self.cache, request, {self.key: [tape.items, returned]}, seconds, [thaw(piece) for piece in tape.items])
             self.spend(replies[self.key].cost)
-            yield from store(self.cache, request, replies, self.run)
+            if request.bypass:
+                yield from supersede(self.cache, [self.key])
+            yield from store(self.cache, request, replies, self.run, replies if tape.superseded else ())
 
     def spend(self, cost: Cost) -> None:
         "Count what it cost, now that it is known; its call was counted when it began."

@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import fields
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from . import codec
-from .costs import cost_of
 from .effects import Both, Effect, Flow, Inline, adrive, drive
+from .entries import page_for
 from .errors import AureaError, CodecError, OfflineMissError, StoreError
 from .events import Outcome
 from .pacing import PATIENCE, asked_to_wait, backoff, estimated, passing
-from .plans import Heard, Batch, Plan, Run, arguments, asking, hear, takes_lists
+from .plans import Heard, Batch, Plan, Run, arguments, asking, hear, hear_cost, text_of
 
 _log = logging.getLogger("aurea_orchestrator")
+_T = TypeVar("_T")
 
 # %% auto #0
-__all__ = ['RunError', 'singles', 'held', 'batches', 'many', 'cut', 'twins', 'succeeded', 'failed', 'work', 'wait', 'attempt',
-           'settle', 'Crew', 'whole', 'planned', 'run_all', 'arun_all']
+__all__ = ['RunError', 'singles', 'single', 'held', 'batches', 'twins', 'work', 'wait', 'attempt', 'turn', 'settle', 'Crew',
+           'whole', 'run_all', 'arun_all', 'on_a_loop']
 
 # %% ../nbs/59_runs.ipynb #dee17b27
 class RunError(AureaError):
@@ -45,38 +46,46 @@ class RunError(AureaError):
         others = "the others are done, and " if len(errors) < len(results) else ""
         super().__init__(f"{name}: {len(errors):,} of {len(results):,} inputs failed, at position {shown}{more}; "
                          f"{others}running it again asks for these alone. See .errors and .results")
-        self.results, self.errors = results, errors
+        self.name, self.results, self.errors = name, results, errors
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunError, (self.name, self.results, self.errors)
 
 # %% ../nbs/59_runs.ipynb #a9806ee6
 def singles(run: Run) -> Iterator[Batch]:
     "A call for each input, as they are taken."
-    first: dict[Any, int] = {}
     for place, item in enumerate(run.inputs):
         run.results.append(None)
-        try:
-            args, kwargs = run.call(item)
-            found = run.fn.key(*args, **kwargs)
-        except Exception as error:
-            failed(run, (place,), error)
-            continue
-        keys = (found,) if isinstance(found, str) else tuple(found)
-        job = Batch((place,), args, kwargs, keys)
-        if first.setdefault(keys, place) == place:
+        if (job := single(run, place, item)) is not None:
             yield job
-        else:
-            run.twins.append((first[keys], job))
+
+
+def single(run: Run, place: int, item: Any) -> Batch | None:
+    "The call for one input; None if it cannot be made, or means the same as one before."
+    try:
+        if run.lists and not isinstance(item, (str, Mapping, list, tuple)):
+            raise TypeError(f"this input is no text, but a {type(item).__name__}")
+        args, kwargs = run.call(item)
+        if alone := run.lists and (text := text_of(kwargs.get(run.to))) is not None:
+            kwargs = {**kwargs, run.to: [text]}
+        found = run.fn.key(*args, **kwargs)
+    except Exception as error:
+        run.failed((place,), error)
+        return None
+    job = Batch((place,), args, kwargs, (found,) if isinstance(found, str) else tuple(found), None, bool(alone))
+    return job if run.new(job) else None
 
 # %% ../nbs/59_runs.ipynb #de0a9bfa
-def held(run: Run, keys: Sequence[str]) -> Flow[list[bool]]:
-    "Which keys have a whole entry in time. A thousand are looked up at once; a store that is away has none."
-    now, found = run.cache.clock.now(), list[bool]()
-    for start in range(0, len(keys), 1000):
-        part = keys[start : start + 1000]
+def held(run: Run, keys: Sequence[str]) -> Flow[list[int]]:
+    "The bytes of each key's entry; 0 if there is none, or none in time, or the store is away. About a megabyte is read at once."
+    now, found, step = run.cache.clock.now(), list[int](), 10
+    while part := keys[len(found) : len(found) + step]:
         try:
             blobs: list[bytes | None] = yield from run.cache.store.get_many(part)
         except StoreError:
             blobs = [None] * len(part)
-        found += [blob is not None and _fresh(key, blob, now) for key, blob in zip(part, blobs)]
+        found += [len(blob) if blob is not None and _fresh(key, blob, now) else 0 for key, blob in zip(part, blobs)]
+        step = page_for(sum(blob is not None for blob in blobs), sum(len(blob or b"") for blob in blobs))
     return found
 
 
@@ -87,70 +96,43 @@ def _fresh(key: str, blob: bytes, now: float) -> bool:
     return False
 
 
-def batches(run: Run, texts: Sequence[str], size: int) -> Flow[Iterator[Batch]]:
+def batches(run: Run) -> Flow[Iterator[Batch]]:
     "Calls with lists of texts: those that are there, and full batches of those that are not."
-    run.results = [None] * len(texts)
-    first, reads, (args, kwargs) = dict[str, int](), run.reads and not run.common.get("bypass_cache"), run.call(texts)
+    run.inputs = inputs = list(run.inputs)
+    run.total, run.results = len(inputs), [None] * len(inputs)
+    run.texts = {place: text for place, item in enumerate(inputs) if (text := text_of(item)) is not None}
+    calls = [job for place, item in enumerate(inputs) if place not in run.texts and (job := single(run, place, item)) is not None]
+    args, kwargs = run.call(list(run.texts.values()))
     try:
-        keys = run.fn.key(*args, **kwargs)
+        keys = run.fn.key(*args, **kwargs) if run.texts else ()
     except Exception as error:
-        failed(run, range(len(texts)), error)
-        return iter(())
-    for place, key in enumerate(keys):
-        if first.setdefault(key, place) != place:
-            run.twins.append((first[key], many(run, [(key, place)], True)))
-    there = (yield from held(run, list(first))) if reads else [False] * len(first)
-    split: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
-    for pair, has in zip(first.items(), there):
-        split[has].append(pair)
-    return iter([*cut(run, split[True], 1000, True), *cut(run, split[False], size, False)])
-
-
-def many(run: Run, part: Sequence[tuple[str, int]], there: bool) -> Batch:
-    "One call for many texts, given by key and position."
-    keys, places = zip(*part)
-    return Batch(places, *run.call([run.inputs[place] for place in places]), keys, there, True)
-
-
-def cut(run: Run, pairs: Sequence[tuple[str, int]], size: int, there: bool) -> list[Batch]:
-    "Calls of at most so many texts."
-    return [many(run, pairs[i : i + size], there) for i in range(0, len(pairs), size)]
+        run.failed(list(run.texts), error)
+        return iter(calls)
+    pairs = [pair for pair in zip(keys, run.texts) if run.new(run.many([pair], True))]
+    reads = run.cache.looks and not run.common.get("bypass_cache")
+    sizes = (yield from held(run, [key for key, _ in pairs])) if reads else [0] * len(pairs)
+    there = [pair for pair, size in zip(pairs, sizes) if size]
+    missing = [pair for pair, size in zip(pairs, sizes) if not size]
+    return iter([*calls, *run.cut(there, page_for(len(there), sum(sizes)), True), *run.cut(missing, run.plan.batch_size or 256, False)])
 
 # %% ../nbs/59_runs.ipynb #f85d0e64
 def twins(run: Run) -> Flow[Iterator[Batch]]:
     "Calls for the inputs that mean the same as one before."
     waiting, run.twins = run.twins, []
-    there = (yield from held(run, [job.keys[0] for _, job in waiting])) if run.reads else [False] * len(waiting)
-    calls, texts = list[Batch](), list[tuple[str, int]]()
-    for (first, job), has in zip(waiting, there):
+    there = (yield from held(run, [job.keys[0] for _, job in waiting])) if run.cache.looks else [0] * len(waiting)
+    calls, texts, total = list[Batch](), list[tuple[str, int]](), 0
+    for (first, job), size in zip(waiting, there):
         if (error := run.errors.get(first)) is not None:
-            failed(run, job.places, error)
-        elif has and job.batch:
+            run.failed(job.places, error)
+        elif size and job.places[0] in run.texts:
             texts.append((job.keys[0], job.places[0]))
-        elif has:
+            total += size
+        elif size:
             calls.append(job._replace(held=True))
         else:
-            succeeded(run, job._replace(batch=False), run.results[first])
-    calls += cut(run, texts, 1000, True)
+            run.succeeded(job._replace(batch=False), run.results[first])
+    calls += run.cut(texts, page_for(len(texts), total), True)
     return iter([job._replace(kwargs={**job.kwargs, "bypass_cache": False}) if "bypass_cache" in job.kwargs else job for job in calls])
-
-# %% ../nbs/59_runs.ipynb #24644172
-def succeeded(run: Run, job: Batch, value: Any) -> None:
-    "Put results in their places."
-    with run.lock:
-        for place, one in zip(job.places, value if job.batch else (value,)):
-            run.results[place] = one
-        run.done += len(job.places)
-        run.bar.show()
-
-
-def failed(run: Run, places: Sequence[int], error: Exception) -> None:
-    "Put an error in the places of those that failed by it."
-    with run.lock:
-        for place in places:
-            run.results[place] = run.errors[place] = error
-        run.done += len(places)
-        run.bar.show()
 
 # %% ../nbs/59_runs.ipynb #f336444d
 class _Halt(Exception):
@@ -162,13 +144,13 @@ def work(run: Run) -> Flow[None]:
     try:
         while (job := _next(run)) is not None:
             try:
-                succeeded(run, job, (yield from attempt(run, job)))
+                run.succeeded(job, (yield from attempt(run, job)))
             except _Halt:
                 return
             except Exception as error:
                 if isinstance(error, OfflineMissError) and run.plan.errors == "raise":
                     raise  # Nothing is computed offline, so nothing is lost by ending here; the others would say the same
-                failed(run, job.places, error)
+                run.failed(job.places, error)
             if (now := run.cache.clock.tick()) - run.breathed > 0.02:  # A task that only meets hits never waits: let others go
                 run.breathed = now
                 yield Both(int, partial(asyncio.sleep, 0))
@@ -194,23 +176,17 @@ def wait(run: Run, seconds: float) -> Flow[None]:
 # %% ../nbs/59_runs.ipynb #0d2200b7
 def attempt(run: Run, job: Batch) -> Flow[Any]:
     "Make a call, at the pace that is allowed, and again if it failed in a way that may pass."
-    again = passing if run.plan.on is None else lambda error: isinstance(error, run.plan.on or ())
+    again = passing if run.plan.on is None else lambda error: isinstance(error, run.plan.on)
     for failures in count():
-        tokens, ticket = 0.0, None
-        if run.pace is not None:
-            tokens = estimated(arguments(run, job))
-            if not (job.held if job.held is not None else all((yield from held(run, job.keys))) and run.reads):
-                seconds, ticket = run.pace.take(tokens)
-                if seconds > 0:
-                    yield from wait(run, seconds)
+        tokens, ticket = (yield from turn(run, job)) if run.pace is not None else (0.0, None)
         heard = Heard(run)
         asking.set(heard)
         try:
             value = yield Both(partial(_call, run, job), partial(_acall, run, job))
-            settle(run, job, heard, ticket, tokens, value)
+            settle(run, job, heard, ticket, tokens)
             return value
         except Exception as error:
-            settle(run, job, heard, ticket, tokens, None, failed=True)
+            settle(run, job, heard, ticket, tokens, failed=True)
             if failures >= run.plan.retries or not again(error):
                 raise
             if (asked := asked_to_wait(error, run.cache.clock.now)) > PATIENCE:
@@ -230,17 +206,31 @@ async def _acall(run: Run, job: Batch) -> Any:
     return [item async for item in run.fn(*job.args, **job.kwargs)] if run.stream else await run.fn(*job.args, **job.kwargs)
 
 # %% ../nbs/59_runs.ipynb #67783a01
-def settle(run: Run, job: Batch, heard: Heard, ticket: Any, tokens: float, value: Any, failed: bool = False) -> None:
+def turn(run: Run, job: Batch) -> Flow[tuple[float, list[float] | None]]:
+    "Wait until a call may be made: the tokens that it may use, and a ticket; none for what the store can answer."
+    assert run.pace is not None
+    tokens = estimated(arguments(run, job))
+    if job.held if job.held is not None else run.cache.looks and all((yield from held(run, job.keys))):
+        return tokens, None
+    seconds, ticket = run.pace.take(tokens)
+    try:
+        if seconds > 0:
+            yield from wait(run, seconds)
+    except BaseException:
+        run.pace.settle(ticket, 0, 0.0)  # It is not made
+        raise
+    return tokens, ticket
+
+
+def settle(run: Run, job: Batch, heard: Heard, ticket: list[float] | None, tokens: float, failed: bool = False) -> None:
     "Count how a call ended, and correct the pace by it."
-    ended = heard.outcomes(len(job.places))
-    computed = bool(ended[Outcome.MISS] or ended[Outcome.BYPASS])
-    cost = cost_of(value, heard.seconds, job.kwargs.get("model")) if computed else None
+    ended, cost = heard.ended(len(job.keys))
     with run.lock:
-        run.seconds, run.usd = run.seconds + heard.seconds, run.usd + (cost.usd if cost else 0.0)
+        run.spent = run.spent.plus(cost)
         run.outcomes.update(ended)
     if run.pace is None or (failed and ticket is not None):
         return  # A call that failed was sent, as far as is known
-    if cost is not None:
+    if ended[Outcome.MISS] or ended[Outcome.BYPASS]:
         run.pace.settle(ticket, 1, cost.prompt_tokens + cost.completion_tokens or tokens)
     elif ticket is not None:
         run.pace.settle(ticket, 0, 0.0)  # A hit after all: somebody else was faster
@@ -283,19 +273,27 @@ class Crew(Effect):
                 _all_well(await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True))
         else:
             tasks = [asyncio.create_task(adrive(work(self.run))) for _ in range(self.size)]
-            _all_well(await asyncio.gather(*tasks, return_exceptions=True))
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                ended = await asyncio.gather(*tasks, return_exceptions=True)
+            _all_well(ended)
 
-
+# %% ../nbs/59_runs.ipynb #3e966571
 def _all_well(ended: Iterable[BaseException | None]) -> None:
-    for error in filter(None, ended):
-        raise error
+    for error in sorted(filter(None, ended), key=lambda error: isinstance(error, asyncio.CancelledError)):
+        raise error  # Who was cancelled ended because of another
 
 # %% ../nbs/59_runs.ipynb #bb84b1b9
 def whole(run: Run) -> Flow[list[Any]]:
     "All of a run: first the different inputs, then those that were there already."
     try:
+        if hear_cost not in run.cache.counts.hearers:
+            run.cache.counts.hearers += (hear_cost,)
         with run.cache.bus.listening(partial(hear, run)):
-            run.jobs = yield from planned(run)
+            run.jobs = (yield from batches(run)) if run.lists else singles(run)
             run.bar.open()
             yield Crew(run)
             if run.twins:
@@ -306,17 +304,6 @@ def whole(run: Run) -> Flow[list[Any]]:
     if run.errors and run.plan.errors == "raise":
         raise RunError(run.name, run.results, run.errors) from run.errors[min(run.errors)]
     return run.results
-
-
-def planned(run: Run) -> Flow[Iterator[Batch]]:
-    "The calls to make: in batches, for an embedding function that takes lists of texts."
-    size = run.plan.batch_size or (256 if takes_lists(run.fn, run.to) else 1)
-    if size > 1 and hasattr(run.fn, "_lists"):
-        run.inputs = texts = list(run.inputs)
-        run.total = len(texts)
-        if set(map(type, texts)) == {str}:
-            return (yield from batches(run, texts, size))
-    return singles(run)
 
 # %% ../nbs/59_runs.ipynb #41281d75
 def _run(fn: Any, inputs: Any, options: dict[str, Any]) -> Run:
@@ -333,7 +320,7 @@ def run_all(
     "Call a function for many inputs, several at once. This is `fn.map`."
     run = _run(fn, inputs, options)
     try:
-        return _on_a_loop(run) if run.awaits else drive(whole(run))
+        return on_a_loop(lambda: adrive(whole(run))) if run.awaits else drive(whole(run))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run.told()) from None
 
@@ -348,19 +335,21 @@ async def arun_all(fn: Any, inputs: Any, /, **options: Any) -> list[Any]:
         raise
 
 # %% ../nbs/59_runs.ipynb #97d9884a
-def _on_a_loop(run: Run) -> list[Any]:
-    "Drive a run on a loop of its own; in a thread, if this one's is running."
+def on_a_loop(
+    begin: Callable[[], Coroutine[Any, Any, _T]],  # Called on the loop
+) -> _T:
+    "What is awaited gives, on a loop of its own; in a thread, if this one's is running. An interrupt cancels it."
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(adrive(whole(run)))
+        return asyncio.run(begin())
     running: Future[Callable[[], Any]] = Future()
 
-    async def main() -> list[Any]:
+    async def main() -> _T:
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None
         running.set_result(partial(loop.call_soon_threadsafe, task.cancel))
-        return await adrive(whole(run))
+        return await begin()
 
     with ThreadPoolExecutor(1, "aurea-run") as pool:
         future = pool.submit(copy_context().run, lambda: asyncio.run(main()))

@@ -28,12 +28,13 @@ from .stores.base import Item
 
 _log = logging.getLogger("aurea_orchestrator")
 
-_REMEMBERED = 2_000  # Entries of which it is known when they end
+_REMEMBERED = 2_000   # Entries of which it is known when they end
+AWAITED = "awaited "  # Before the key of a running stream that is awaited: who blocks cannot read it
 
 # %% auto #0
-__all__ = ['lookup', 'look', 'known', 'usable', 'opened', 'compute', 'places', 'made', 'store', 'noted', 'model_of', 'worth',
-           'depth', 'warn_once', 'agree', 'fresh', 'behind', 'give_back', 'offline', 'written', 'supersede', 'forget',
-           'clear', 'made_by']
+__all__ = ['AWAITED', 'lookup', 'look', 'known', 'usable', 'opened', 'compute', 'places', 'made', 'store', 'noted', 'model_of',
+           'worth', 'depth', 'warn_once', 'agree', 'fresh', 'behind', 'give_back', 'offline', 'written', 'supersede',
+           'forget', 'clear', 'made_by']
 
 # %% ../nbs/48_steps.ipynb #f143140a
 def lookup(
@@ -242,9 +243,9 @@ def give_back(cache: Workings, keys: Sequence[str]) -> Flow[None]:
 def offline(cache: Workings, request: Request, key: str) -> Flow[OfflineMissError]:
     "The error for an answer that is not stored."
     from aurea_orchestrator.explain import explain
-    place = list(request.keys).index(key)
-    fields = request.fields(place) if request.fields else {}
-    why = "it is asked to be computed anew" if request.bypass else (yield from explain(cache, key, request.name, request.who, fields)).why
+    why, fields = "it is asked to be computed anew", request.fields(places(request)[key]) if request.fields else {}
+    if not request.bypass:
+        why = (yield from explain(cache, key, request.name, request.who, fields, stale=request.stale)).why
     return OfflineMissError(f"{request.name or request.kind}: there is no stored answer, and the mode is offline: {why}")
 
 # %% ../nbs/48_steps.ipynb #caf0c764
@@ -256,6 +257,8 @@ def written(cache: Workings) -> Flow[None]:
 
 def supersede(cache: Workings, those: Iterable[str]) -> Flow[None]:
     "See to it that what is done now comes after what was, or is being, computed for some keys."
+    those = list(those)
+    cache.streams.supersede([name for key in those for name in (key, AWAITED + key)])
     for write in cache.flight.supersede(those):
         yield Woken(write, 1.0)
 
@@ -279,7 +282,8 @@ def clear(
     removed = 0
     for each in chosen:
         cursor: str | None = None
-        yield from supersede(cache, [key for key in cache.flight.running() if key.startswith(keys.prefix(each, namespace))])
+        running = [*cache.flight.running(), *(name.removeprefix(AWAITED) for name in cache.streams.running())]
+        yield from supersede(cache, [key for key in running if key.startswith(keys.prefix(each, namespace))])
         while True:
             page = yield from cache.store.scan(keys.prefix(each, namespace), cursor, _PAGE)
             ours = [key for key in page.keys if keys.is_key(key)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import copy_context
@@ -55,7 +55,7 @@ class Tape:
         self.freeze, self.thaw = freeze, thaw
         self.error: BaseException | None = None
         self.trace: TracebackType | None = None  # Of the error, as it was when the stream ended
-        self.readers = 0
+        self.readers, self.superseded = 0, False  # Those who read; whether something newer is stored, or it was removed
         self._open: Any = open_source
         self._source: Any = None
         self._finish = finish
@@ -186,8 +186,8 @@ def _ended(tape: Tape, error: BaseException | None = None) -> Flow[None]:
         stop(tape, error)
 
 # %% ../nbs/32_streams.ipynb #709a95ac
-class Streams:
-    "The streams that are running in this process, by key."
+class _Boarded:
+    "Those that are running, by key."
 
     def __init__(self) -> None:
         self._running: dict[str, Tape] = {}
@@ -210,6 +210,22 @@ class Streams:
                 tape = self._running[key] = begin()
             tape.readers += 1
         return tape, led
+
+    def running(self) -> list[str]:
+        "Their keys."
+        with self._lock:
+            return list(self._running)
+
+    def supersede(self, keys: Iterable[str]) -> None:
+        "What is said for these keys is for those who listen, and not to be stored."
+        with self._lock:
+            for key in keys:
+                if (tape := self._running.get(key)) is not None:
+                    tape.superseded = True
+
+# %% ../nbs/32_streams.ipynb #73d5c72c
+class Streams(_Boarded):
+    "The streams that are running in this process, by key."
 
     def stay(self, key: str, tape: Tape) -> bool:
         "Read it too, if anybody still does; if so, one must `leave`."

@@ -21,9 +21,11 @@ from .errors import ConfigError, StoreUnavailableError
 if TYPE_CHECKING:
     from aurea_orchestrator.cache import Cache
     from aurea_orchestrator.config import Settings
+    from aurea_orchestrator.stores.base import Store
 
 # %% auto #0
-__all__ = ['document', 'patient', 'hint', 'noted', 'opened', 'params_of', 'text_of', 'import_from_here', 'agreed', 'taken']
+__all__ = ['document', 'patient', 'hint', 'engine_of', 'unmade', 'noted', 'opened', 'filled', 'params_of', 'text_of',
+           'import_from_here', 'agreed', 'taken']
 
 # %% ../nbs/76_terminal.ipynb #1b5f9e75
 def document(
@@ -48,7 +50,7 @@ def patient(
 ) -> Settings:
     "The settings, as a command uses them."
     from aurea_orchestrator.config import Settings
-    settings = Settings(**({"cache_url": url} if url else {}))
+    settings = Settings(**({} if url is None else {"cache_url": url}))
     return settings.model_copy(update={"cache_memory": 0, "cache_timeout": max(2.0, settings.cache_timeout)})
 
 
@@ -57,6 +59,18 @@ def hint(word: str) -> None:
     if word:
         print(f"aurea: {word}", file=sys.stderr)
 
+# %% ../nbs/76_terminal.ipynb #fd617cda
+def engine_of(store: Store) -> Any:
+    "The store itself, behind its memory tier and its guard."
+    shared = getattr(store, "shared", store)
+    return getattr(shared, "inner", shared)
+
+
+def unmade(store: Store) -> Path | None:
+    "The file of a store, if it is not there."
+    path: Path | None = getattr(engine_of(store), "path", None)
+    return None if path is None or os.path.exists(path) else path
+
 
 def noted(
     cache: Cache,
@@ -64,11 +78,10 @@ def noted(
     writes: bool = False,    # Whether the command fills the store
 ) -> Cache:
     "The cache, with a word if there can be nothing in it. Raises `StoreError` for a file that was named and is not there."
-    path = getattr(getattr(cache.store, "inner", cache.store), "path", None)
     if cache.store.name == "memory":
         hint("memory:// is empty in every new process; name a store that is shared")
-    elif path is not None and not writes and not path.exists():
-        if url:
+    elif not writes and (path := unmade(cache.store)):
+        if url is not None:
             raise StoreUnavailableError(f"there is no cache file {path}")
         hint(f"there is no cache file {path} yet")
     return cache
@@ -83,6 +96,13 @@ def opened(url: str | None, writes: bool = False) -> Iterator[Cache]:
         yield cache
     finally:
         cache.close()
+
+# %% ../nbs/76_terminal.ipynb #a998bbd4
+def filled(context: Any, option: Any, value: Any) -> Any:
+    "What an option says, unless it is empty. Raises `ConfigError`."
+    if any(not one.strip() for one in ([value] if isinstance(value, str) else value or ())):
+        raise ConfigError(f"{option.opts[0]} is empty; give it a value, or leave it out")
+    return value
 
 # %% ../nbs/76_terminal.ipynb #2b610d0a
 def params_of(params: Sequence[str] | None, **named: str | None) -> dict[str, Any]:

@@ -68,8 +68,8 @@ def read(
             said = None
         if not isinstance(said, (str, dict)):
             yield number, "this is neither a JSON object nor a JSON string"
-        elif isinstance(said, dict) and not ({column} if column else set(NAMES.values())) & said.keys():
-            yield number, f"it has no {column or 'prompt or text'}; it has {_some(said)}; say --column NAME"
+        elif isinstance(said, dict) and not (set(NAMES.values()) if column is None else {column}) & said.keys():
+            yield number, f"it has no {'prompt or text' if column is None else column}; it has {_some(said)}; say --column NAME"
         else:
             yield Wish(number, {name: said} if isinstance(said, str) else _picked(said, name, column))
 
@@ -87,25 +87,26 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(first) or "nothing"
 
 
-def _rows(text: str, delimiter: str, name: str, column: str | None) -> Iterator[Wish | tuple[int, str]]:
+def _table(text: str, delimiter: str) -> tuple[Sequence[str], list[tuple[int, dict[Any, Any]]]]:
+    "The head of a table, and its rows with their numbers. Raises `ConfigError`."
+    rows, usual = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter), csv.field_size_limit(len(text) + 1)
+    try:
+        return rows.fieldnames or (), [(rows.line_num, row) for row in rows]
+    except csv.Error as error:
+        raise ConfigError(f"line {rows.line_num}: the table cannot be read ({error})") from None
+    finally:
+        csv.field_size_limit(usual)
+
+
+def _rows(text: str, delimiter: str, name: str, column: str | None) -> Iterator[Wish]:
     "The rows of a table with a head."
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    heads = list(rows.fieldnames or ())
+    heads, rows = _table(text, delimiter)
     if column is None:
         column = next((each for each in (name, *NAMES.values()) if each in heads), None)
         name = column or name
     if column not in heads:
         raise ConfigError(f"the table has no column {column or name}; it has {_some(heads)}; say --column NAME")
-    while True:
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            yield rows.line_num, f"the table cannot be read on ({error})"
-            return
-        if row is None:
-            return
-        if (row[column] or "").strip():
-            yield Wish(rows.line_num, _picked(row, name, column))
+    yield from (Wish(number, _picked(row, name, column)) for number, row in rows if (row[column] or "").strip())
 
 # %% ../nbs/79_warming.ipynb #cd51cf45
 def question_of(house: House, kind: str, given: Mapping[str, Any]) -> Prompt | Texts:
@@ -114,6 +115,11 @@ def question_of(house: House, kind: str, given: Mapping[str, Any]) -> Prompt | T
         return (Prompt if kind == "llm" else Texts)(house, dict(given))
     except BadRequest as error:
         raise ConfigError(str(error.detail)) from None
+
+
+def _why(error: Exception) -> str:
+    "Why a line has no answer; of what was not raised on purpose, also its name."
+    return str(error) if isinstance(error, AureaError) else f"{type(error).__name__}: {error}"
 
 
 async def leave(house: House) -> None:
@@ -221,10 +227,13 @@ async def missing(
         wish = Wish(one.line, {**common, **one.given})
         kind = "embedding" if "text" in wish.given and "prompt" not in wish.given else "llm"
         try:
-            [key] = question_of(house, kind, wish.given).asked.keys
-        except (AureaError, ValueError) as error:
-            so_far.fail([wish.line], "a line is one text, not a list" if type(error) is ValueError else error)
+            asked = question_of(house, kind, wish.given).asked
+            if asked.several:
+                raise ConfigError("a line is one text, not a list")
+        except Exception as error:
+            so_far.fail([wish.line], _why(error))
             continue
+        [key] = asked.keys
         so_far.repeated += key in seen
         if key not in seen:
             seen.add(key)
@@ -286,9 +295,9 @@ class _Crew:
         so_far = self.so_far
         try:
             replies = await ask(self.house, question_of(self.house, job.kind, job.given))
-        except AureaError as error:
+        except Exception as error:
             self.failed += 1
-            so_far.fail(job.lines, error)
+            so_far.fail(job.lines, _why(error))
             return
         self.failed = 0
         for reply in replies:

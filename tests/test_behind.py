@@ -41,9 +41,12 @@ def asker(cache, **options):
     return ask, calls
 
 
+@pytest.mark.timed
 def test_a_slow_write_delays_nobody_and_is_no_second_computation(slow):
     ask, calls = asker(Cache(slow))
+    began = time.monotonic()
     answers = [ask("p") for _ in range(3)]                       # While nothing can be written
+    assert time.monotonic() - began < 1
     assert answers == ["P"] * 3 and calls == ["p"] and drive(slow.get_many([ask.key("p")])) == [None]
     assert ask.cache_info().outcomes == {"miss": 1, "hit": 2}
     slow.gate.set()
@@ -52,11 +55,14 @@ def test_a_slow_write_delays_nobody_and_is_no_second_computation(slow):
     assert ask("p") == "P" and calls == ["p"] and len(ask.cache.flight) == 0
 
 
+@pytest.mark.timed
 async def test_awaited_too(slow):
     calls = []
     @cache_llm_response(cache=Cache(slow))
     async def ask(prompt): calls.append(prompt); return [prompt]
+    began = time.monotonic()
     first, again = await ask("p"), await ask("p")
+    assert time.monotonic() - began < 1
     assert first == again == ["p"] and first is not again and calls == ["p"]   # Each has its own
     threading.Timer(0.1, slow.gate.set).start()
     assert await ask.invalidate("p") == 1                                      # It waited for what was being written

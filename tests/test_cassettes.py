@@ -14,6 +14,7 @@ import threading
 import tracemalloc
 import unicodedata
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from aurea_orchestrator.cassettes import Loaded, export, load, read, written
 from aurea_orchestrator.decorators import cache_embedding, cache_llm_response, cached
 from aurea_orchestrator.effects import adrive, drive
 from aurea_orchestrator.entries import look
-from aurea_orchestrator.errors import CodecError, StoreUnavailableError, UnstorableError
+from aurea_orchestrator.errors import CodecError, ConfigError, StoreUnavailableError, UnstorableError
 from aurea_orchestrator.events import Clock
 from aurea_orchestrator.stores.base import Item
 from tests.test_codec import VALUES, same
@@ -471,6 +472,24 @@ def test_a_loaded_answer_does_not_end_unless_told_to(tmp_path):
     assert held(lasting, key_of(1)).ttl is None and codec.until(drive(ending.store.get_many([key_of(1)]))[0]) == clock.at + 60.0
     (one,) = drive(look(ending))
     assert one.left == 60.0
+
+
+@pytest.mark.parametrize("ttl", [0, -5, float("nan"), float("inf"), 1e-6, True, "60", timedelta(0)])
+def test_a_ttl_that_cannot_work_loads_nothing(tmp_path, ttl):
+    there, cache = fresh(), fresh()
+    put(there, key_of(1), "x")
+    drive(export(there, tmp_path / "a"))
+    with pytest.raises(ConfigError, match="ttl="):
+        cache.load(tmp_path / "a", ttl=ttl)
+    assert drive(look(cache)) == []
+
+
+def test_a_ttl_may_be_a_timedelta(tmp_path):
+    there = fresh()
+    put(there, key_of(1), "x")
+    drive(export(there, tmp_path / "a"))
+    cache = Cache.from_url("memory://", clock=Noon())
+    assert cache.load(tmp_path / "a", ttl=timedelta(minutes=2)).loaded == 1 and drive(look(cache))[0].left == 120.0
 
 
 def test_newer_wins(tmp_path):

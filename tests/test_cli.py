@@ -1,29 +1,36 @@
 """The command `aurea`: on every store, for people and for scripts, when all is well and when it is not."""
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
 from typer.testing import CliRunner
 
+from aurea_orchestrator import Cache
+from aurea_orchestrator.address import without_secrets
+from aurea_orchestrator.backends.base import Answer, Backend, Embeddings
 from aurea_orchestrator.cli import cli
 from aurea_orchestrator.config import Settings
 from aurea_orchestrator.doctor import of_clock, of_server
 from aurea_orchestrator.errors import ConfigError
 from aurea_orchestrator.looking import read_seconds
-from aurea_orchestrator.main import create_app
+from aurea_orchestrator.main import build, create_app
 from aurea_orchestrator.origins import misspelt
-from aurea_orchestrator.warming import Wish, read
+from aurea_orchestrator.warming import Summary, Wish, read, warm
+from tests.service import free_port
 from tools.nbrun import wiped
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +91,11 @@ def told(result, code=0):
     "The one JSON document of a command that ended so."
     assert (result.exit_code if hasattr(result, "exit_code") else result.returncode) == code, result.stderr
     return json.loads(result.stdout)
+
+
+def an_empty_store(url):
+    "A store that is there, with nothing in it."
+    with closing(Cache.from_url(url)) as cache: cache.clear()
 
 
 def asked(tmp_path): return (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
@@ -147,7 +159,7 @@ async def test_what_was_warmed_is_a_hit_of_the_server(shell, env, url, tmp_path,
     app = create_app(Settings(_env_file=None, cache_url=url, llm_backend="app:answer", embedding_backend="app:embed", host="127.0.0.1"))
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://aurea") as client:
         reply = await client.post("/llm/generate", json={"prompt": "dew", "temperature": 0.2, "context": "short"})
-        assert reply.headers["x-cache"] == "hit" and key.rpartition(":")[2][:8] in reply.headers["cache-status"] + key
+        assert reply.headers["x-cache"] == "hit" and key.rpartition(":")[2][:8] in reply.headers["cache-status"]
         assert (await client.post("/embedding/generate", json={"text": "fog"})).headers["x-cache"] == "hit"
         reply = await client.post("/llm/generate", json={"prompt": "new"})
         assert reply.headers["x-cache"] == "miss"
@@ -216,6 +228,29 @@ def test_what_cannot_work_is_a_usage_error(aurea, tmp_path, monkeypatch):
     monkeypatch.setenv("REDIS_PORT", "many")
     said = aurea("stats")
     assert said.exit_code == 2 and "REDIS_PORT" in said.stderr and "Traceback" not in said.stderr
+
+
+@pytest.mark.parametrize("words", [
+    ["clear", "--yes", "--older="], ["clear", "--yes", "--older", " "], ["clear", "--yes", "--function="], ["clear", "--yes", "--function", "ask", "--function="],
+    ["clear", "--yes", "--url="], ["clear", "--yes", "--kind="], ["clear", "--yes", "--namespace="], ["ls", "--older="], ["ls", "--url="], ["ls", "--function="],
+    ["stats", "--url="], ["export", "x.jsonl", "--function="], ["import", "in.jsonl", "--ttl="], ["import", "in.jsonl", "--url="], ["warm", "in.jsonl", "--column="],
+    ["warm", "in.jsonl", "--url="], ["doctor", "--url="], ["serve", "--host="],
+])
+def test_an_option_that_is_empty_is_refused_by_its_name(aurea, tmp_path, monkeypatch, words):
+    "As a script gives it whose variable is not set: it must not mean everything."
+    monkeypatch.setenv("CACHE_URL", f"sqlite:///{tmp_path}/cache.db")
+    (tmp_path / "in.jsonl").write_text('{"aurea": "cassette", "version": 1}\n{"key": "llm:' + "0" * 64 + '", "value": "dew"}\n')
+    said = aurea(*words)
+    name = next(word.removesuffix("=") for word in reversed(words) if word.startswith("--"))
+    assert (said.exit_code, said.stdout, said.stderr) == (2, "", f"aurea: {name} is empty; give it a value, or leave it out\n")
+    assert not (tmp_path / "cache.db").exists() and asked(tmp_path) == [], "it is refused before anything is opened"
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "-1", "0", "1e300"])
+def test_a_watch_that_would_never_look_again_is_refused(aurea, tmp_path, seconds):
+    an_empty_store(url := f"sqlite:///{tmp_path}/cache.db")
+    said = aurea("stats", "--watch", "--every", seconds, "--url", url)
+    assert said.exit_code == 2 and said.stdout == "" and said.stderr.startswith("aurea: --every is a number of seconds") and said.stderr.count("\n") == 1
 
 
 def test_a_file_that_is_not_there_or_is_something_else(aurea, tmp_path):
@@ -312,6 +347,48 @@ def test_warming_reports_lines_and_gives_up_where_it_is_of_no_use(aurea, tmp_pat
     assert found["errors"] < 30 and "in a row" in found["stopped"] and found["left"] > 450
 
 
+def test_a_list_of_texts_is_the_error_of_its_line_and_of_no_other(aurea, tmp_path):
+    at = ["--url", f"sqlite:///{tmp_path}/cache.db", "--json"]
+    (tmp_path / "q.jsonl").write_text('{"text": "a"}\n{"text": ["b"]}\n{"text": ["c", "d"]}\n{"text": []}\n{"text": "e"}\n')
+    said = told(aurea("warm", "q.jsonl", *at), 1)
+    assert (said["lines"], said["misses"], said["errors"], said["left"]) == (5, 2, 3, 0) and asked(tmp_path) == ["a", "e"]
+    assert [one["line"] for one in said["failures"]] == [2, 3, 4] and "one text" in said["failures"][0]["error"]
+
+
+def test_a_field_of_a_table_may_be_long_and_no_line_is_lost(aurea, tmp_path):
+    usual, long = csv.field_size_limit(), "long " * 30_000
+    assert list(read(f"prompt\nx\n{long}\ny\n", "csv")) == [Wish(2, {"prompt": "x"}), Wish(3, {"prompt": long}), Wish(4, {"prompt": "y"})]
+    assert csv.field_size_limit() == usual
+    (tmp_path / "q.csv").write_text(f'prompt\nx\n"{long}"\ny\nz\n')
+    said = told(aurea("warm", "q.csv", "--url", f"sqlite:///{tmp_path}/cache.db", "--json"))
+    assert (said["lines"], said["misses"], said["errors"]) == (4, 4, 0)
+
+
+class Moody(Backend):
+    "It fails in ways that nobody has foreseen."
+
+    name, identity = "moody", "moody"
+    kinds = {"type": TypeError, "unicode": UnicodeError, "key": KeyError, "os": OSError}
+
+    async def generate(self, prompt, context="", model=None, **params):
+        if prompt in self.kinds: raise self.kinds[prompt]("so it is")
+        return Answer(f"about {prompt}", "m")
+
+    async def embed(self, texts, model=None, **params):
+        return Embeddings([[1.0] for _ in texts], "m")
+
+
+async def test_whatever_fails_at_a_line_is_its_error_and_the_others_go_on():
+    text = '"a"\n' + "".join(f'{{"prompt": "{kind}"}}\n' for kind in Moody.kinds) + '{"prompt": "b", "self": 1}\n{"text": "c", "texts": 1}\n{"prompt": "d\\ud800", "x\\ud800": 1}\n"z"\n'
+    with ExitStack() as stack, closing(Cache.from_url("memory://")) as cache:
+        house = build(Settings(_env_file=None), stack, cache)
+        house.llm = house.embedding = Moody()
+        await warm(house, read(text, "jsonl"), done := Summary(), concurrency=1)
+    failed = dict(done.failures)
+    assert done.stopped is None and done.lines == 9 and done.left == 0 and done.misses + done.errors == 9 and done.misses >= 2
+    assert {2, 3, 4, 5, 6, 7} <= failed.keys() <= {2, 3, 4, 5, 6, 7, 8} and failed[2] == "TypeError: so it is"
+
+
 def test_warming_says_what_is_missing_and_asks_again_when_told(aurea, tmp_path):
     at = ["--url", f"sqlite:///{tmp_path}/cache.db", "--json"]
     (tmp_path / "q.csv").write_text('id,question,context\n1,"dew, and\nfog",short\n2,sky,\n3,sky,\n')
@@ -350,12 +427,26 @@ def finding(report, about): return [(one["status"], one["says"]) for one in repo
 
 
 def test_the_doctor_is_content(aurea, url):
+    an_empty_store(url)
     report = told(aurea("doctor", "--url", url, "--json"))
     assert report["healthy"] and report["store"]["up"] and {one["status"] for one in report["findings"] if one["about"] in ("store", "reads", "writes", "hearing")} == {"ok"}
     latency = report["store"]["latency_seconds"]
     assert 0 < latency["read"]["p50"] <= latency["read"]["p95"] <= latency["read"]["worst"] and latency["hearing"]["worst"] < 3
     assert {"python", "aurea-orchestrator", "redis-py"} <= set(report["versions"])
     assert told(aurea("ls", "--url", url, "--json")) | {"entries": []} == {"entries": [], "total": 0, "size_bytes": 0, "damaged": 0, "foreign": 0}, "nothing is left behind"
+
+
+def test_the_doctor_makes_no_file(aurea, tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path}/no/such.db"
+    report = told(aurea("doctor", "--url", url, "--json"), 1)
+    assert not report["healthy"] and finding(report, "store")[0][0] == "wrong" and "there is no such cache file" in finding(report, "store")[0][1]
+    monkeypatch.setenv("CACHE_URL", url)
+    report = told(aurea("doctor", "--json"))
+    assert report["healthy"] and finding(report, "store")[0][0] == "note" and "no cache file yet" in finding(report, "store")[0][1] and report["store"]["up"] is None
+    assert not (tmp_path / "no").exists()
+    (tmp_path / "no").write_text("a file where a folder should be")
+    report = told(aurea("doctor", "--json"), 1)
+    assert finding(report, "store")[0][0] == "wrong" and "none can be made" in finding(report, "store")[0][1]
 
 
 @pytest.mark.redis
@@ -399,6 +490,7 @@ def test_the_doctor_finds_out_who_may_not_listen(aurea, own_redis):
 
 def test_the_doctor_finds_a_file_that_may_only_be_read(aurea, tmp_path):
     url = f"sqlite:///{tmp_path}/shelf/cache.db"
+    an_empty_store(url)
     told(aurea("doctor", "--url", url, "--json"))
     shelf = tmp_path / "shelf"
     if os.geteuid():
@@ -418,6 +510,7 @@ def test_the_doctor_shows_settings_and_no_secret(aurea, tmp_path, monkeypatch):
     (tmp_path / ".env").write_text("LLM_MODEL=from-the-file\nCACHE_LLM_TTL=60\nREDIS_PASSWORD=s3cret-1\n")
     for name, value in {"CACHE_LLM_TTL": "70", "API_KEY": "s3cret-2", "OPENAI_API_KEY": "s3cret-3", "LLM_BASE_URL": "https://me:s3cret-4@h.example/v1?key=s3cret-5", "CACHE_LLM_TLL": "1"}.items():
         monkeypatch.setenv(name, value)
+    an_empty_store(f"sqlite:///{tmp_path}/cache.db")
     said = aurea("doctor", "--url", f"sqlite:///{tmp_path}/cache.db?memory=0", "--json")
     source = {one["name"]: (one["value"], one["source"]) for one in told(said)["settings"]}
     assert source["LLM_MODEL"] == ("from-the-file", ".env") and source["CACHE_LLM_TTL"] == ("70.0", "environment") and source["CACHE_URL"][1] == "option"
@@ -426,7 +519,22 @@ def test_the_doctor_shows_settings_and_no_secret(aurea, tmp_path, monkeypatch):
     assert [says for _, says in finding(told(said), "settings")] == ["CACHE_LLM_TLL is no setting and is not read"]
 
 
+@pytest.mark.parametrize(("url", "shown"), [
+    ("https://me:s3cret@h.example/v1?key=s3cret", "https://…@h.example/v1"), ("https://me:s3/cret@h.example/v1", "https://…@h.example/v1"), ("https://me:s3@cret@h.example", "https://…@h.example"),
+    ("https://me:s3?cret@h.example/v1", "https://…"), ("https://me:s3#cret@h.example/v1", "https://…"), ("https://h.example/v1?key=s3@cret", "https://…"), ("me:s3cret@h.example/v1", "…@h.example/v1"),
+    ("https://me:s3://cret@h.example/v1", "https://…@h.example/v1"), ("https://me:s3\ncret@h.example/v1", "https://…@h.example/v1"), ("redis://:s3cret@h:1/0", "redis://…@h:1/0"),
+    ("sqlite:////home/a@b/c.db?max_bytes=1GB", "sqlite:////home/a@b/c.db"), ("http://localhost:11434/v1", "http://localhost:11434/v1"), ("h.example:1", "h.example:1"),
+])
+def test_an_address_is_shown_without_what_may_be_secret(aurea, tmp_path, monkeypatch, url, shown):
+    assert without_secrets(url) == shown
+    monkeypatch.setenv("LLM_BASE_URL", url)
+    an_empty_store(store := f"sqlite:///{tmp_path}/cache.db")
+    said = aurea("doctor", "--url", store, "--json")
+    assert {one["name"]: one["value"] for one in json.loads(said.stdout)["settings"]}["LLM_BASE_URL"] == shown
+
+
 def test_the_doctor_diagnoses_settings_that_cannot_work(aurea, tmp_path, monkeypatch):
+    an_empty_store(f"sqlite:///{tmp_path}/cache.db")
     monkeypatch.setenv("LLM_BACKEND", "no.such:thing")
     report = told(aurea("doctor", "--url", f"sqlite:///{tmp_path}/cache.db", "--json"), 1)
     assert finding(report, "backends")[0][0] == "wrong" and report["store"]["up"]
@@ -483,3 +591,40 @@ def test_progress_is_for_terminals(env, tmp_path):
     out = process.communicate(timeout=20)[0]
     os.close(mine)
     assert json.loads(out)["misses"] == 8 and b"computed" in seen and "\x1b" not in out
+
+
+@contextmanager
+def serving(env, folder, *words, **more):
+    "`aurea serve` on a port of its own: where, the process, and the file of what it says."
+    port, log = free_port(), folder / "serve.log"
+    words = [sys.executable, "-m", "aurea_orchestrator", "serve", "--port", str(port), *words]
+    with log.open("wb") as file:
+        process = subprocess.Popen(words, env={**env, "CACHE_URL": "memory://", "LLM_BACKEND": "", "EMBEDDING_BACKEND": "", **more}, cwd=folder, stdout=file, stderr=file)
+    try:
+        end = time.monotonic() + 60
+        while "Application startup complete" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        yield port, process, log
+    finally:
+        process.kill()
+        process.wait(20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("host", "given", "workers", "open"), [("127.0.0.1", "0.0.0.0", 1, True), ("0.0.0.0", "127.0.0.1", 1, False), ("127.0.0.1", "0.0.0.0", 2, True)])
+def test_the_warning_of_an_open_door_is_about_the_address_that_is_served(env, tmp_path, host, given, workers, open):
+    with serving(env, tmp_path, "--host", given, "--workers", str(workers), HOST=host) as (port, _, log):
+        notes = httpx2.get(f"http://127.0.0.1:{port}/ready", trust_env=False).json()["notes"]
+        assert any("API_KEY is not set" in note for note in notes) is open is ("API_KEY is not set" in log.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_what_hangs_does_not_keep_the_server_from_stopping(env, tmp_path, how):
+    with serving(env, tmp_path, "--host", "127.0.0.1", LLM_TIMEOUT="0.5") as (port, process, log), socket.create_connection(("127.0.0.1", port)) as slow:
+        slow.sendall(b"POST /llm/generate HTTP/1.1\r\nHost: aurea\r\nContent-Length: 100\r\n\r\n{")  # And never the rest
+        time.sleep(0.5)
+        process.send_signal(how)
+        process.wait(20)
+        assert "Finished server process" in log.read_text()

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 
 import pytest
 
@@ -113,6 +114,37 @@ def test_a_function_chooses_itself():
     ask("a"), other("a")
     assert [one.key for one in drive(look(cache, function=ask))] == [ask.key("a")]
     assert len(drive(look(cache, function=[ask, other]))) == 2 and whose(ask)(ask.name) and not whose(other)(ask.name)
+
+
+def test_a_method_chooses_itself(tmp_path):
+    cache = Cache.from_url("memory://")
+
+    class Bot:
+        @cache_llm_response(cache=cache, ignore="self")
+        def ask(self, prompt):
+            return prompt
+
+        @classmethod
+        @cache_llm_response(cache=cache, ignore="cls")
+        def of_class(cls, prompt):
+            return prompt
+
+        @staticmethod
+        @cache_llm_response(cache=cache)
+        def alone(prompt):
+            return prompt
+
+    bot = Bot()
+    bot.ask("a"), bot.ask("b"), Bot.of_class("a"), Bot.alone("a")
+    for chosen, n in ((bot.ask, 2), (Bot.ask, 2), (Bot.of_class, 1), (bot.of_class, 1), (bot.alone, 1), ([bot.ask, Bot.of_class], 3),
+                      (functools.partial(bot.ask, "a"), 2), (functools.partial(functools.partial(Bot.alone), "a"), 1), (Bot.alone.__wrapped__, 1)):
+        assert len(drive(look(cache, function=chosen))) == cache.export(tmp_path / "x.jsonl", functions=chosen) == n
+
+
+@pytest.mark.parametrize("wrong", [[7], [None], [functools.partial(type("Thing", (), {"__call__": lambda self: 1})())]])
+def test_what_is_no_function_is_refused(wrong):
+    with pytest.raises(ConfigError, match="no function"):
+        whose(wrong)
 
 
 def test_what_is_not_ours_is_passed_over_and_counted(cache):

@@ -284,3 +284,28 @@ def test_a_write_that_fails_unexpectedly_is_logged_and_keeps_no_lease(two, caplo
     assert "could not be stored" in caplog.text
     began = time.monotonic()
     assert make(two[1])(1) == 1 and made == [1, 1] and time.monotonic() - began < two[0].leases.ttl + 4
+
+
+@pytest.mark.parametrize("way", ["refresh", "invalidate", "clear"])
+@pytest.mark.parametrize("awaited", [False, True])
+async def test_a_stream_that_was_renewed_or_removed_while_it_ran_is_not_stored(cache, way, awaited):
+    world = ["old"]
+    if awaited:
+        @cache_llm_response(cache=cache)
+        async def say(prompt): yield world[0]; yield world[0]
+        async def rest(stream): return [piece async for piece in stream]
+        first = lambda stream: anext(stream)
+        renew = {"refresh": lambda: rest(say("p", bypass_cache=True)), "invalidate": lambda: say.invalidate("p"), "clear": cache.aclear}[way]
+    else:
+        @cache_llm_response(cache=cache)
+        def say(prompt): yield world[0]; yield world[0]
+        async def rest(stream): return await asyncio.to_thread(list, stream)
+        first = lambda stream: asyncio.to_thread(next, stream)
+        renew = {"refresh": lambda: rest(say("p", bypass_cache=True)), "invalidate": lambda: asyncio.to_thread(say.invalidate, "p"), "clear": cache.aclear}[way]
+    stream = say("p")
+    assert await first(stream) == "old"
+    world[0] = "new"
+    await renew()
+    assert await rest(stream) == ["new"]                                            # a generator that looks at the world each time
+    entry = drive(cache.store.get_many([say.key("p")]))
+    assert (entry == [None]) is (way != "refresh") and await rest(say("p")) == ["new", "new"]

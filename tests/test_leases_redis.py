@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,16 +10,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from fakeredis import FakeAsyncRedis, FakeRedis, FakeServer
 
+from aurea_orchestrator import Cache, cache_llm_response
 from aurea_orchestrator.effects import adrive, drive
 from aurea_orchestrator.errors import StoreError, StoreTimeoutError, StoreUnavailableError
+from aurea_orchestrator.stores import tracking
 from aurea_orchestrator.stores.base import Ears, Item
 from aurea_orchestrator.stores.guard import Guarded
+from aurea_orchestrator.stores.memory import MemoryStore
 from aurea_orchestrator.stores.redis import RedisStore
 from tests.servers import Cluster, Sentinels, Server, standalone, until
 from tests.test_redis import Open, blobs, calls, connections, items, keys, opened
@@ -26,6 +32,17 @@ from tests.test_redis import Open, blobs, calls, connections, items, keys, opene
 __all__ = ["opened"]  # a fixture
 KEY = f"llm:{'5f' * 32}"
 LEASE = f"aurea:lease:{{{KEY}}}"
+
+
+def no_room_for(patch: pytest.MonkeyPatch, name: str) -> None:
+    "Threads of that name do not start."
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == name: raise RuntimeError("can't start new thread")
+        start(thread)
+
+    patch.setattr(threading.Thread, "start", refuse)
 
 
 # ---- leases -----------------------------------------------------------------------------------------------------------
@@ -439,6 +456,56 @@ def test_a_server_that_does_not_tell(tmp_path: Path, noted: Noted, caplog: pytes
         assert drive(store.get_many(keys(1))) == blobs(1) and not notes.hears()
 
 
+@pytest.mark.redis
+def test_a_no_is_not_for_ever(tmp_path: Path, noted: Noted, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    caplog.set_level("INFO", "aurea_orchestrator")
+    monkeypatch.setattr(tracking, "_REFUSED", 0.3)
+    with standalone(tmp_path / "strict") as server, server.client() as client:
+        client.execute_command("ACL", "SETUSER", "default", "-client|tracking")
+        _, notes = noted(server.url)
+        until(lambda: "cannot be heard" in caplog.text, "the refusal")
+        time.sleep(1); assert not notes.hears() and caplog.text.count("cannot be heard") == 1  # told once, though asked again
+        client.execute_command("ACL", "SETUSER", "default", "+client|tracking")
+        notes.ready(3).after(lambda: client.set(KEY, 1), KEY)
+
+
+@pytest.mark.redis
+def test_a_slow_script_is_no_refusal(tmp_path: Path, noted: Noted, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "aurea_orchestrator")
+    with standalone(tmp_path / "busy", "--lua-time-limit", "50") as server, server.client() as client:
+        store, notes = noted(server.url)
+        notes.ready()
+        def run() -> None:
+            with server.client() as theirs, suppress(redis.ResponseError): theirs.eval("while true do end", 0)
+        script = threading.Thread(target=run)
+        script.start()
+        until(lambda: not notes.hears(), "the ears to be deaf", 5)
+        with pytest.raises(StoreUnavailableError, match="BUSY"): drive(store.get_many([KEY]))
+        time.sleep(1.5)                                                             # the ears have come again meanwhile, and were told so
+        client.script_kill(); script.join()
+        notes.ready(5).after(lambda: client.set(KEY, 1), KEY)
+        assert "cannot be heard" not in caplog.text and drive(store.get_many([KEY])) == [b"1"]
+
+
+@pytest.mark.redis
+def test_what_stands_beside_entries_is_no_new_kind(redis_server: Server, noted: Noted) -> None:
+    store, notes = noted(redis_server.url)
+    notes.ready().told.clear()
+    drive(store.put_many([Item("aurea:probe", b"v", 9)])); drive(store.get_many(["aurea:probe"])); assert notes.hears()
+    time.sleep(0.3)
+    with redis_server.client() as client: notes.after(lambda: client.set(KEY, 1), KEY)
+    assert notes.hears() and None not in notes.told
+
+
+@pytest.mark.redis
+def test_no_room_for_a_thread_that_listens(redis_server: Server, noted: Noted, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as full:
+        no_room_for(full, "aurea-ears")
+        store, notes = noted(redis_server.url)
+        assert drive(store.get_many([KEY])) == [None] and not notes.hears()
+    drive(store.get_many([KEY])); notes.ready()
+
+
 def test_no_ears_with_a_client_of_ones_own() -> None:
     server = FakeServer()
     assert RedisStore("redis://nowhere", connect=(lambda: FakeRedis(server=server), lambda: FakeAsyncRedis(server=server))).ears() is None
@@ -543,7 +610,8 @@ def test_ears_after_a_failover(tmp_path: Path, noted: Noted, house: Any) -> None
 @pytest.mark.redis
 def test_the_guard_lets_leases_through(own_redis: Server, opened: Open) -> None:
     store = Guarded(inner := opened(own_redis.url, timeout=0.3), probe=0.05)
-    assert store.ears() is inner.ears() and store.ears() is not None
+    assert store.ears() is inner.ears() and (ears := store.ears()) is not None
+    notes = Notes(ears).ready()
     assert drive(store.acquire([KEY], "a", 9)) == [(None, True)] and drive(store.acquire([KEY], "b", 9)) == [(None, False)]
     drive(store.renew([KEY], "a", 90)); drive(store.settle([Item(KEY, b"v", 60)], [KEY], "a"))
     assert drive(store.acquire([KEY], "b", 9)) == [(b"v", False)]
@@ -558,12 +626,83 @@ def test_the_guard_lets_leases_through(own_redis: Server, opened: Open) -> None:
     own_redis.resume()
     until(lambda: store.trouble is None, "the store to be back")
     assert drive(store.acquire([KEY], "b", 9, force=True)) == [(b"v", True)]
+    with own_redis.client() as client: notes.ready().after(lambda: client.set(KEY, 1), KEY)  # and so are the ears, though the probe wrote something
+    notes.stop(); drive(store.shut())
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("harm", ["pause", "kill"])
+def test_memory_serves_again_after_an_outage(own_redis: Server, harm: str) -> None:
+    cache = Cache.from_url(own_redis.url, timeout=0.25)
+
+    @cache_llm_response(cache=cache)
+    def ask(prompt: str) -> str: return prompt[::-1]
+
+    def from_memory() -> bool:
+        before = calls(own_redis).get("get", 0)
+        assert {ask("the same") for _ in range(20)} == {"emas eht"}
+        return calls(own_redis).get("get", 0) == before
+
+    until(from_memory, "memory to serve")
+    for n in range(2):
+        getattr(own_redis, harm)()
+        assert ask(f"meanwhile {n}") == f"{n} elihwnaem"
+        own_redis.resume() if harm == "pause" else own_redis.start()
+        until(lambda: cache.store.trouble is None, "the store to be back")           # its probe has written something
+        until(from_memory, "memory to serve again", 5)
+    cache.close()
+
+
+class Moody(MemoryStore):
+    "A store that is there, or not."
+
+    up = True
+
+    def ping(self) -> Any:
+        if not self.up: raise StoreUnavailableError("connection refused")
+        return (yield from super().ping())
+
+    def get_many(self, keys: Sequence[str]) -> Any:
+        yield from self.ping()
+        return (yield from super().get_many(keys))
+
+
+def test_no_room_for_a_thread_that_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Guarded(moody := Moody(), probe=0.02)
+    moody.up = False
+    with monkeypatch.context() as full:
+        no_room_for(full, "aurea-probe")
+        for _ in range(2):
+            with pytest.raises(StoreUnavailableError, match="refused"): drive(store.get_many([KEY]))
+    moody.up = True
+    with pytest.raises(StoreUnavailableError): drive(store.get_many([KEY]))         # this one starts it
+    until(lambda: store.trouble is None, "the store to be back", 5)
+    assert drive(store.get_many([KEY])) == [None]
+    drive(store.shut())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_child_that_is_forked_in_trouble_finds_its_end(asked: bool) -> None:
+    store = Guarded(moody := Moody(), probe=0.02)
+    moody.up = False
+    with pytest.raises(StoreUnavailableError): drive(store.get_many([KEY]))
+    child = os.fork()
+    moody.up = True
+    if not child:
+        try:
+            if asked:
+                with pytest.raises(StoreUnavailableError): drive(store.get_many([KEY]))
+            until(lambda: store.trouble is None, "the store to be back", 5)
+            assert drive(store.get_many([KEY])) == [None]
+            os._exit(0)
+        finally: os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    until(lambda: store.trouble is None, "the store to be back", 5)
     drive(store.shut())
 
 
 def test_where_nothing_can_be_written_everybody_computes() -> None:
-    from aurea_orchestrator.stores.memory import MemoryStore
-
     class Locked(MemoryStore):
         apart = True
 

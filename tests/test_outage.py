@@ -7,7 +7,7 @@ import re
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,24 @@ async def eventually(true: Any, seconds: float) -> float:
         assert time.monotonic() - began < seconds, f"not within {seconds} s"
         await asyncio.sleep(0.02)
     return time.monotonic() - began
+
+
+async def served_from_memory(service: Service, servers: list[Server], seconds: float = 2 * BUSY) -> None:
+    "Soon each worker hears again: hits cost the servers no lookup. To be asked when nobody else asks for anything."
+    def lookups() -> int:
+        with ExitStack() as open_:
+            stats = [open_.enter_context(server.client()).info("commandstats") for server in servers if server.process]
+        return sum(each.get(f"cmdstat_{name}", {"calls": 0})["calls"] for each in stats for name in ("get", "mget"))
+
+    async def quiet() -> bool:
+        async with service.aclient() as client:
+            before = await asyncio.to_thread(lookups)
+            for _ in range(10 * WORKERS):  # each maybe at another worker
+                reply = await client.post("/llm/generate", json={"prompt": "the same"}, headers={"connection": "close"})
+                assert reply.status_code == 200 and reply.json()["response"] == right("the same")
+            return await asyncio.to_thread(lookups) == before
+
+    await eventually(quiet, seconds)
 
 
 # ---- the troubles: what is done, and undone -----------------------------------------------------------------------------
@@ -209,6 +227,7 @@ async def test_every_call_is_answered_and_it_is_told_once(house: House, kind: ty
         await eventually(hit, 2 * BUSY)
         back = time.monotonic() - mended
         await eventually(ready, 2 * BUSY)
+    await served_from_memory(house.service, [house.redis])
 
     usual = statistics.median(call.seconds for call in load.between(0, began))
     first, then = (sorted(call.seconds - usual for call in load.between(*when)) for when in ((began - 1, began + 0.6), (began + 0.6, ended)))
@@ -244,6 +263,8 @@ async def test_a_redis_that_is_not_there_at_the_start(tmp_path: Path) -> None:
                 await eventually(ready, 2 * BUSY)
                 await eventually(hit, 2 * BUSY)
                 beginnings, ends = state_changes(service.log)
+                await load.__aexit__()  # nobody else asks for anything
+                await served_from_memory(service, [redis_server])
             finally: redis_server.kill()
         assert 1 <= len(beginnings) <= WORKERS and "cannot be reached" in beginnings[0] and 1 <= len(ends) <= WORKERS
         assert SECRET not in service.log
@@ -400,6 +421,8 @@ async def test_a_killed_primary_fails_no_call(tmp_path: Path, kind: Any, record_
             victim, at = servers.servers[0], time.monotonic()
             victim.kill()
             took = await mended(load, "after")
+            await load.__aexit__()  # nobody else asks for anything
+            await served_from_memory(service, servers.servers)
         slowest = max(call.seconds for call in load.between(at - 1))
         beginnings, ends = state_changes(service.log)
         print(f"\n{kind.__name__}: {len(load.calls)} calls, none failed; hits for all keys again after {took:.1f} s, slowest {slowest:.2f} s, {len(beginnings)}+{len(ends)} lines")

@@ -145,7 +145,7 @@ def test_aurea_knows_the_command_and_its_options(line):
 def test_make_knows_the_target(line):
     done = subprocess.run([*line.split(), "-n", "-C", str(ROOT)], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert {"make serve": "tools/serve.py", "make test": "pytest"}[line] in done.stdout
+    assert {"make serve": "aurea_orchestrator serve", "make test": "pytest"}[line] in done.stdout
 
 
 @pytest.mark.parametrize("line", of_sort("compose"))

@@ -21,9 +21,10 @@ import pytest
 
 from aurea_orchestrator.effects import adrive, drive
 from aurea_orchestrator.errors import ConfigError, StoreError, StoreTimeoutError, StoreUnavailableError
+from aurea_orchestrator.stores import wire
 from aurea_orchestrator.stores.base import Item, Store
 from aurea_orchestrator.stores.redis import RedisStore
-from tests.servers import Cluster, Sentinels, Server, standalone
+from tests.servers import Cluster, Proxy, Sentinels, Server, standalone
 
 Open = Callable[..., RedisStore]
 
@@ -257,6 +258,84 @@ def test_nothing_is_asked_when_nothing_is_wanted(redis_server: Server, opened: O
     drive(store.put_many([])); drive(store.bump({}))
     assert connections(redis_server) == 0
 
+
+# ---- what is much is done in parts ------------------------------------------------------------------------------------
+
+WIDE = 12_288  # bytes: 1,536 numbers of 8
+
+
+@pytest.fixture
+def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int]]:
+    "What was said at once: the commands, and how many bytes they were."
+    said, really = list[tuple[list[str], int]](), wire.packed
+
+    def packed(commands: Any) -> bytes:
+        data = really(commands)
+        said.append(([command[0] for command in commands], len(data)))
+        return data
+
+    monkeypatch.setattr(wire, "packed", packed)
+    return said
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("awaited", [False, True])
+async def test_every_verb_takes_what_is_much_in_parts(redis_server: Server, opened: Open, exchanges: Any, awaited: bool) -> None:
+    async def done(flow: Any) -> Any: return await adrive(flow) if awaited else drive(flow)
+    async def said(flow: Any) -> list[int]:
+        "How many commands there were in each exchange."
+        exchanges.clear(); await done(flow)
+        return [len(commands) for commands, _ in exchanges]
+
+    store, names = opened(redis_server.url), keys(2500)
+    many, wide = items(2500), [Item(key, bytes(WIDE), 60) for key in names]
+    await done(store.acquire(["llm:once"], "me", 9))                                # the server knows the scripts from now on
+    await done(store.settle([], ["llm:once"], "me")); await done(store.renew(names[:1], "me", 9))
+    assert await said(store.put_many(many)) == [1000, 1000, 500] and await said(store.put_many(many[:1000])) == [1000]
+    exchanges.clear()
+    assert await done(store.get_many(names)) == blobs(2500)
+    assert [commands for commands, _ in exchanges] == [["MGET"]] * 3
+    assert await said(store.get_many(names[:1000])) == [1]
+    assert await said(store.acquire(names, "me", 9, True)) == await said(store.renew(names, "me", 9)) == [1000, 1000, 500]
+    assert await said(store.mark(dict.fromkeys(names, 1))) == [1000, 1000, 501]
+    assert await said(store.settle(many[:400], names[:400], "me")) == [800]         # the usual case stays one exchange
+    assert (await said(store.settle(wide, names, "me")))[:10] == [250] * 10
+    flat = [command for commands, _ in exchanges for command in commands]
+    assert flat == ["SET"] * 2500 + ["EVALSHA"] * 2500                              # first all is stored, then the leases are given back
+    assert all(len(commands) <= 1000 and size < 9_000_000 for commands, size in exchanges)
+    with redis_server.client() as client: assert not client.keys("aurea:lease:*")
+    assert await said(store.put_many(wide)) == [250] * 10
+    assert await done(store.get_many(names)) == [bytes(WIDE)] * 2500
+    assert await said(store.put_many([Item(names[0], bytes(1 << 23), 60)] * 2)) == [1, 1]
+    assert await said(store.delete(names)) == [1, 1, 1]
+    await adrive(store.shut())
+
+
+@pytest.mark.redis
+async def test_those_who_store_at_once_do_not_make_one_large_exchange(redis_server: Server, opened: Open, exchanges: Any) -> None:
+    store = opened(redis_server.url, timeout=5)
+    await adrive(store.ping()); exchanges.clear()
+    await asyncio.gather(*(adrive(store.put_many([Item(key, bytes(WIDE), 60)])) for key in keys(1000)))
+    assert [len(commands) for commands, _ in exchanges] == [250] * 4
+    await adrive(store.shut())
+
+
+@pytest.mark.redis
+async def test_each_part_has_a_time_of_its_own(redis_server: Server, opened: Open) -> None:
+    proxy = Proxy(redis_server.port)
+    proxy.delay = 0.6
+    try:
+        store = opened(f"redis://127.0.0.1:{proxy.port}/0", timeout=1.5)
+        for way in (lambda flow: asyncio.to_thread(drive, flow), adrive):
+            await way(store.put_many(items(3500)))
+            start = time.monotonic()
+            assert await way(store.get_many(keys(3500))) == blobs(3500)
+            assert time.monotonic() - start > 1.5                                   # all of them would have come too late
+        await adrive(store.shut())
+    finally: proxy.close()
+
+
+# ---- what is found ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.redis
 def test_scan_finds_exactly_what_begins_with_the_prefix(redis_server: Server, opened: Open) -> None:
@@ -509,6 +588,7 @@ async def test_a_late_reply_is_nobody_s(own_redis: Server, opened: Open) -> None
 
 # ---- when Redis is in trouble -----------------------------------------------------------------------------------------
 
+@pytest.mark.timed
 @pytest.mark.redis
 async def test_a_server_that_hangs_costs_about_one_timeout(own_redis: Server, opened: Open) -> None:
     store = opened(own_redis.url, timeout=0.3, max_connections=4)
@@ -530,6 +610,18 @@ async def test_a_server_that_hangs_costs_about_one_timeout(own_redis: Server, op
     own_redis.resume()
     assert 0.1 < min(alone + crowd) and max(alone) < 0.6 and max(crowd) < 1.0
     assert await adrive(store.get_many(keys(3))) == drive(store.get_many(keys(3))) == blobs(3)
+    await adrive(store.shut())
+
+
+@pytest.mark.redis
+async def test_a_loop_that_is_held_is_no_trouble_of_the_server(redis_server: Server, opened: Open) -> None:
+    store = opened(redis_server.url, timeout=0.25)
+    await adrive(store.put_many(items(20)))
+    for seconds in (0.3, 0.6):
+        asked = asyncio.gather(*(adrive(store.get_many([key])) for key in keys(20)))
+        for _ in range(3): await asyncio.sleep(0)                                   # they are on their way
+        time.sleep(seconds)  # noqa: ASYNC251                                           # anything that holds the loop: a tokenizer, a large JSON
+        assert await asked == [[blob] for blob in blobs(20)]
     await adrive(store.shut())
 
 

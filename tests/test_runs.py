@@ -3,8 +3,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
+import datetime
+import gc
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,14 +17,15 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
 
-from aurea_orchestrator import Cache, cache_embedding, cache_llm_response, cached, use_cache
-from aurea_orchestrator.decorators import CachedFunction
+from aurea_orchestrator import Cache, cache_embedding, cache_llm_response, cached, pacing, use_cache
+from aurea_orchestrator.entries import PAGE_BYTES
 from aurea_orchestrator.errors import BackendRefusedError, BackendUnavailableError, BatchError, ConfigError, UnkeyableError
 from aurea_orchestrator.events import Clock
 from aurea_orchestrator.pacing import Pace, asked_to_wait, backoff, estimated, passing
@@ -106,6 +111,15 @@ def test_numbers_of_a_column_are_plain_numbers(calls):
     assert calls == [int, int]
 
 
+def test_dates_of_a_column_are_plain_dates(calls):
+    @cached("age")
+    def age(day): calls.append(type(day)); return str(day)
+    days, years = [datetime.datetime(2026, 1, 2, 3), datetime.datetime(2026, 1, 3)], datetime.timedelta(days=2)
+    assert quiet(age, pd.Series(days)) == quiet(age, days) == [str(day) for day in days]
+    assert quiet(age, pd.Series([years])) == [str(years)] and set(calls) == {datetime.datetime, datetime.timedelta} and len(calls) == 3
+    assert quiet(age, pd.Series([days[0], None]), errors="return")[0] == str(days[0])
+
+
 def test_results_are_in_order_though_calls_end_in_another():
     @cached("late")
     def late(n): time.sleep((5 - n) * 0.01); return n
@@ -131,7 +145,7 @@ def test_an_input_is_for_the_first_argument_that_is_open(calls):
     assert quiet(rest, [1, 2]) == [[1], [2]]
 
 
-@pytest.mark.parametrize("wrong, says", [("a text", "str is one input"), (b"x", "bytes is one input"), ({"prompt": "x"}, "dict is one input"),
+@pytest.mark.parametrize("wrong, says", [("a text", "str is one input"), (b"x", "bytes is one input"), (np.array("abc"), "is one input"), (np.array(7), "no list of inputs"), ({"prompt": "x"}, "dict is one input"),
                                          (pd.DataFrame({"a": [1]}), "a table"), (pl.DataFrame({"a": [1]}), "a table"), (7, "no list of inputs")])
 def test_what_is_no_list_is_refused_before_anything_is_asked(ask, calls, wrong, says):
     with pytest.raises(ConfigError, match=says): quiet(ask, wrong)
@@ -139,7 +153,7 @@ def test_what_is_no_list_is_refused_before_anything_is_asked(ask, calls, wrong, 
 
 
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"concurrency": 2.5}, {"concurrency": True}, {"errors": "ignore"}, {"rpm": 0}, {"tpm": -1},
-                                     {"retries": -1}, {"delay": float("nan")}, {"batch_size": 0}, {"concurency": 3}])
+                                     {"retries": -1}, {"delay": float("nan")}, {"batch_size": 0}, {"concurency": 3}, {"on": "OSError"}, {"on": [OSError, 429]}])
 def test_options_that_cannot_work_are_refused(ask, calls, options):
     with pytest.raises(ConfigError): quiet(ask, ["a"], **options)
     assert calls == []
@@ -241,6 +255,12 @@ def test_errors_are_raised_when_everything_else_is_done(ask, calls):
 def test_errors_as_values(ask):
     out = quiet(ask, ["a", "bad", "b"], errors="return")
     assert out[0] == "a/m/0.0" and isinstance(out[1], OSError) and out[2] == "b/m/0.0"
+
+
+def test_the_error_can_be_copied_and_sent(ask):
+    with pytest.raises(RunError) as info: quiet(ask, ["a", "bad", "b"])
+    for other in (copy.copy(info.value), pickle.loads(pickle.dumps(info.value))):
+        assert str(other) == str(info.value) and other.results[0] == "a/m/0.0" and list(other.errors) == [1] and type(other.errors[1]) is OSError
 
 
 def test_many_failures_make_a_short_message(ask):
@@ -495,6 +515,61 @@ def test_waiting_for_the_pace_ends_when_the_run_does():
     assert not any(thread.name.startswith("aurea-run") for thread in threading.enumerate()) and time.monotonic() - started < 30
 
 
+async def test_waiting_for_the_pace_ends_when_an_async_run_does():
+    begun = asyncio.Event()
+    @cached("apaced")
+    async def apaced(n):
+        if n: await begun.wait(); raise LookupError("enough")
+        return n
+    def source():
+        yield 0; yield 1; begun.set(); yield 2
+        raise OSError("the disk is gone")
+    started = time.monotonic()
+    with pytest.raises(OSError, match="the disk"): await arun_all(apaced, source(), rpm=2, concurrency=4, progress=False)
+    assert time.monotonic() - started < 30 and len(asyncio.all_tasks()) == 1
+
+
+def test_runs_of_one_function_share_its_pace(calls):
+    clock, trouble = Time(), iter([None] * 3 + [KeyboardInterrupt])
+    with use_cache(Cache.from_url("memory://", clock=clock.clock, ttl=1e6)):
+        @cache_llm_response
+        def ask(prompt):
+            calls.append(clock.at - 1000)
+            if error := next(trouble, None): raise error
+            return prompt
+        def go(inputs, rpm=5): return quiet(ask, inputs, rpm=rpm, concurrency=1, sleep=clock.sleep)
+        with pytest.raises(KeyboardInterrupt): go(range(10))
+        assert go(range(10)) == list(range(10)) and calls == [0] * 5 + [60] * 5 + [120]
+        calls.clear()
+        go(range(10, 13), rpm=2)   # Another limit, over the same minute: the call at 120 is one of two
+        assert calls == [120, 180, 180]
+        assert ask in pacing._logs
+
+
+def test_a_pace_lives_as_long_as_its_function():
+    def once():
+        @cached("short")
+        def short(n): return n
+        quiet(short, [1], rpm=5)
+        assert short in pacing._logs
+    size = len(pacing._logs)
+    once()
+    gc.collect()
+    assert len(pacing._logs) <= size
+
+
+def test_a_turn_that_was_reserved_and_not_used_is_given_back(calls):
+    clock = Time()
+    with use_cache(Cache.from_url("memory://", clock=clock.clock, ttl=1e6)):
+        @cached("paced")
+        def paced(n): calls.append(clock.at - 1000); return n
+        def impatient(seconds): raise KeyboardInterrupt
+        for _ in range(5):
+            with pytest.raises(KeyboardInterrupt): quiet(paced, range(3), rpm=2, concurrency=1, sleep=impatient)
+        quiet(paced, range(3), rpm=2, concurrency=1, sleep=clock.sleep)
+        assert calls == [0, 0, 60]
+
+
 @pytest.mark.parametrize("arguments, tokens", [({"prompt": "x" * 40}, 10), ({"prompt": "x" * 40, "max_tokens": 5}, 15), ({"p": ["xx", {"y": "zz"}], "n": 7}, 1),
                                                ({"max_completion_tokens": 8}, 8), ({"max_tokens": None, "p": None}, 0)])
 def test_the_rule_for_tokens(arguments, tokens): assert estimated(arguments) == tokens
@@ -543,10 +618,11 @@ def test_which_errors_may_pass(error, tries, calls):
     assert len(calls) == tries and passing(error) == (tries == 2)
 
 
-def test_on_replaces_the_choice(calls):
+@pytest.mark.parametrize("on", [ValueError, (ValueError,), [ValueError], {ValueError}])
+def test_on_replaces_the_choice(calls, on):
     @cached("mine")
     def mine(n): calls.append(n); raise (ValueError if n else OSError)()
-    quiet(mine, [0, 1], retries=2, on=(ValueError,), sleep=lambda s: None, errors="return")
+    quiet(mine, [0, 1], retries=2, on=on, sleep=lambda s: None, errors="return")
     assert sorted(calls) == [0, 1, 1, 1]
 
 
@@ -630,7 +706,53 @@ def test_a_parameter_named_text_without_annotation_is_given_one(calls):
     assert quiet(embed, ["a", "bb"]) == [[1.0], [2.0]] and sorted(calls) == ["a", "bb"]
 
 
+@pytest.mark.parametrize("size", [None, 1, 2])
+@pytest.mark.parametrize("annotation", [None, Any, np.ndarray, "Texts", "list[str]", list[str], "typing.Sequence[str]"])
+def test_a_function_of_lists_is_given_lists(annotation, size, calls):
+    def embed(texts): calls.append(texts); return [[float(len(t))] for t in texts]
+    if annotation is not None: embed.__annotations__["texts"] = annotation
+    embed = cache_embedding(embed)
+    texts = ["ab", "c", None, np.str_("def"), float("nan"), type("Word", (str,), {})("gh"), b"i", "ab"]
+    out = quiet(embed, texts, batch_size=size, errors="return")
+    assert [out[n] for n in (0, 1, 3, 5, 7)] == [[2.0], [1.0], [3.0], [2.0], [2.0]] == embed(["ab", "c", "def", "gh", "ab"])
+    assert all(isinstance(out[n], TypeError) and "no text" in str(out[n]) for n in (2, 4, 6))
+    assert all(type(each) is list and set(map(type, each)) == {str} for each in calls)
+    assert max(map(len, calls)) == (size or 4) and sorted(itertools.chain(*calls)) == ["ab", "c", "def", "gh"] and embed.cache_info()[:2] == (6, 4)
+
+
+Words = list[str]
+
+
+def test_a_list_by_another_name(calls):
+    def embed(batch: Words): calls.append(batch); return [[float(len(t))] for t in batch]
+    assert quiet(cache_embedding(embed), ["ab", "c"], batch_size=1, concurrency=1) == [[2.0], [1.0]] and calls == [["ab"], ["c"]]
+
+
+def test_a_missing_text_fails_alone(embed):
+    with pytest.raises(RunError) as info: quiet(embed, pd.Series(["ab", None, "c"]))
+    assert info.value.results[::2] == [[2.0, 1.0], [1.0, 1.0]] and list(info.value.errors) == [1]
+    assert quiet(embed, [None, None], errors="return")[1].args and quiet(embed, ["ab", "c"]) == embed(["ab", "c"]) and embed.cache_info().misses == 2
+
+
+def test_a_column_of_texts_that_is_said_once_is_no_list_of_inputs(calls):
+    @cache_embedding
+    def embed(texts, queries): calls.append(queries); return [[float(len(t))] for t in texts]
+    assert quiet(embed, ["one", "two"], texts=["a", "bb"]) == [[[1.0], [2.0]]] * 2 and sorted(calls) == ["one", "two"]
+
+
+def test_large_entries_are_looked_up_a_few_at_a_time(cache, monkeypatch):
+    @cache_embedding
+    def embed(texts): return [np.zeros(25_000) for _ in texts]
+    texts, asked, read = [f"t{n}" for n in range(40)], [], cache.store.get_many
+    quiet(embed, texts)
+    monkeypatch.setattr(cache.store, "get_many", lambda wanted: asked.append(len(wanted)) or read(wanted))
+    assert len(quiet(embed, [*texts, *texts])) == 80
+    assert max(asked) <= 10 and sorted(asked)[len(asked) // 2] * 200_000 <= PAGE_BYTES
+
+
 def test_texts_with_arguments_of_their_own(embed):
+    rows = [{"texts": "a"}, {"texts": "bb", "model": "large"}, "ccc", {"texts": "a"}, "a", {"texts": None}]
+    assert quiet(embed, rows, errors="return")[:5] == [[1.0, 1.0], [2.0, 5.0], [3.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     assert quiet(embed, [{"texts": ["a", "bb"]}, {"texts": ["a"], "model": "large"}]) == [[[1.0, 1.0], [2.0, 1.0]], [[1.0, 5.0]]]
 
 
@@ -676,12 +798,40 @@ def test_the_bar_counts_texts(embed, capsys):
     assert "4/4" in (said := capsys.readouterr().err) and "hits=2, misses=2, errors=0" in said
 
 
-def test_the_bar_knows_money(calls, capsys):
+USED = {"prompt_tokens": 100_000, "completion_tokens": 100_000}
+
+
+@pytest.mark.parametrize("how", [{}, {"model": "gpt-4o"}], ids=["default", "given"])
+@pytest.mark.parametrize("nature", ["def", "async def", "generator"])
+def test_the_bar_knows_money(how, nature, capsys):
+    "It is that of `cache_info()`, to the last digit, also where the answer does not say who gave it."
     pytest.importorskip("genai_prices")
     @cache_llm_response
-    def ask(prompt, model="gpt-4o"): return {"model": "gpt-4o", "usage": {"prompt_tokens": 100_000, "completion_tokens": 100_000}}
-    run_all(ask, ["a", "b"], delay=0)
-    assert "errors=0, $2.5" in capsys.readouterr().err
+    def inner(prompt): return {"model": "gpt-4o", "usage": USED}
+    if nature == "def":
+        @cache_llm_response
+        def ask(prompt, model="gpt-4o-mini"): inner(prompt); return {"usage": USED}
+    elif nature == "async def":
+        @cache_llm_response
+        async def ask(prompt, model="gpt-4o-mini"): inner(prompt); return {"usage": USED}
+    else:
+        @cache_llm_response
+        def ask(prompt, model="gpt-4o-mini"): inner(prompt); yield {"usage": USED}
+    for inputs in (["a", "b"], ["b", "c"], ["c"] * 2):
+        before = ask.cache_info().spent.usd
+        run_all(ask, inputs, delay=0, concurrency=2, **how)
+        new = ask.cache_info().spent.usd - before
+        assert (f"errors=0, ${new:,.4f}" if new else "errors=0, 0.0 s computed") in capsys.readouterr().err
+    assert ask.cache_info().spent.usd > 0
+
+
+def test_the_bar_knows_what_texts_cost(capsys):
+    clock = Time()
+    with use_cache(Cache.from_url("memory://", clock=clock.clock)):
+        @cache_embedding
+        def embed(texts): clock.at += 7; return [[1.0] for _ in texts]
+        run_all(embed, [f"t{n}" for n in range(7)], batch_size=3, delay=0, concurrency=1)
+        assert "errors=0, 21.0 s computed" in capsys.readouterr().err and embed.cache_info().spent.seconds == pytest.approx(21)
 
 
 @pytest.mark.parametrize("inputs, options", [(["a", "b"], {"progress": False, "delay": 0}), (["a"], {"delay": 0}), ([], {"delay": 0}), (["a", "b"], {})],
@@ -733,7 +883,6 @@ def test_a_plan_has_defaults(): assert (Plan().concurrency, Plan().errors, Plan(
 
 # ---- as methods of the function
 
-@pytest.mark.skipif(not hasattr(CachedFunction, "map"), reason="map and amap are not there yet")
 class TestMethods:
     async def test_map_and_amap(self, ask, aask):
         assert ask.map(["a", "b"], model="x", progress=False) == ["a/x/0.0", "b/x/0.0"] == await ask.amap(["a", "b"], model="x", progress=False)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from aurea_orchestrator.errors import StoreUnavailableError
 from aurea_orchestrator.gather import Gather
 from aurea_orchestrator.stores.base import Item
 from aurea_orchestrator.stores.redis import RedisStore
-from aurea_orchestrator.stores.wire import packed, replies
+from aurea_orchestrator.stores.wire import limit, packed, replies
 from tests.servers import Server
 
 
@@ -116,12 +117,65 @@ async def test_an_error_reaches_all_and_one_who_left_leaves_no_complaint() -> No
     assert not complaints
 
 
+async def test_an_error_that_cannot_be_copied_reaches_all() -> None:
+    class Odd(Exception):
+        def __init__(self, status: int, body: str) -> None: super().__init__(f"{status}: {body}")
+
+    async def fail(items: list[int]) -> list[int]: raise Odd(502, "x")
+
+    gather = Gather(fail)
+    async with asyncio.timeout(5): replies = await asyncio.gather(gather.one(1), gather.ask([2]), return_exceptions=True)
+    assert [(type(each), str(each)) for each in replies] == [(Odd, "502: x")] * 2
+
+
+async def test_a_batch_closes_by_the_room_that_its_items_take() -> None:
+    sent: list[Any] = []
+
+    async def echo(items: list[int]) -> list[int]:
+        sent.append(list(items))
+        return items
+
+    gather = Gather(echo, at_once=10)
+    assert await asyncio.gather(gather.ask([1, 2], 6), gather.one(3), gather.ask([4], 4), gather.one(5), gather.ask([6], 99)) == [[1, 2], 3, [4], 5, [6]]
+    assert sent == [[1, 2, 3], [4, 5], [6]]
+
+
 async def test_those_who_wait_are_cancelled_with_the_sending() -> None:
     gather = Gather(lambda items: asyncio.sleep(60))  # type: ignore[arg-type, return-value]
     asked = gather.one(1)
     await asyncio.sleep(0)
     for task in gather.tasks: task.cancel()
     with pytest.raises(asyncio.CancelledError): await asyncio.wait_for(asked, 5)
+
+
+# ---- time -------------------------------------------------------------------------------------------------------------
+
+async def within(seconds: float, awaited: Any) -> Any:
+    timer = limit(clock := asyncio.timeout(None), seconds)
+    try:
+        async with clock: return await awaited
+    finally: timer.cancel()
+
+
+async def test_time_in_which_the_loop_was_held_is_given_back() -> None:
+    async def two_steps() -> str:
+        await asyncio.sleep(0)
+        time.sleep(0.4)  # noqa: ASYNC251                                              # the loop is held, and the reply comes meanwhile
+        for _ in range(9): await asyncio.sleep(0)                                   # it takes a few turns until it is read
+        return "read"
+
+    assert await within(0.2, two_steps()) == "read"
+
+
+@pytest.mark.timed
+async def test_what_is_given_back_is_bounded() -> None:
+    start = time.monotonic()
+    with pytest.raises(TimeoutError): await within(0.1, asyncio.sleep(5))
+    assert 0.1 <= time.monotonic() - start < 0.2
+    asyncio.get_running_loop().call_later(0.05, time.sleep, 1)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError): await within(0.1, asyncio.sleep(5))
+    assert 1.1 < time.monotonic() - start < 1.35                                    # held for 1 s, and as much again as the limit
 
 
 # ---- connections ------------------------------------------------------------------------------------------------------

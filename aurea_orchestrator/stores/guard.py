@@ -35,15 +35,26 @@ class _Breaker:
         self._writes: str | None = None       # Why nothing is written
         self._told: tuple[bool, str] | None = None  # Whether it cannot even be read, and what is wrong, until it is known to be over
         self._refused: dict[str, dict[str, float]] = {}  # What the store answers with an error, in its words: which verbs, and when
-        self._lock, self._closing, self._watching = threading.Lock(), threading.Event(), False
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._prober: threading.Thread | None = None
 
     @property
     def trouble(self) -> str | None:
         "What is wrong with the store, in words; None while all is well."
-        return self._told[1] if self._told else next(iter(self._refused), None)
+        if told := self._told:
+            self._look_after()
+        return told[1] if told else next(iter(self._refused), None)
 
     def _watch(self, closing: threading.Event) -> None:
         raise NotImplementedError
+
+    def _look_after(self) -> None:
+        "Be sure that a thread probes, in this process."
+        if self._prober is None or not self._prober.is_alive():
+            with self._lock, suppress(RuntimeError):  # There is no room for a thread
+                if self._prober is None or not self._prober.is_alive():
+                    self._prober = threading.Thread(target=self._watch, args=[self._closing], name="aurea-probe", daemon=True)
+                    self._prober.start()
 
     def _trip(self, verb: str, error: StoreError) -> None:
         "Open a breaker, and begin to probe."
@@ -53,12 +64,10 @@ class _Breaker:
             if whole:
                 self._reads = str(error)
             told, self._told = self._told, (whole or bool(self._told and self._told[0]), str(error))
-            begin, self._watching = not self._watching, True
         if told is None or whole > told[0]:
             what = "is in trouble" if whole else "cannot be written"
             _log.warning("store %s %s: %s; calls are computed without it meanwhile", self.url, what, str(error).rstrip("."))
-        if begin:
-            threading.Thread(target=self._watch, args=[self._closing], name="aurea-probe", daemon=True).start()
+        self._look_after()
 
 # %% ../../nbs/27_stores.guard.ipynb #e2a00890
 class _Refusing(_Breaker):
@@ -91,7 +100,7 @@ class _Probing(_Refusing):
         while not closing.wait(self.probe):
             with self._lock:
                 if over := self._reads is None and self._writes is None:
-                    self._told, self._watching = None, False
+                    self._told, self._prober = None, None
             if over:
                 _log.warning("store %s is back", self.url)
                 return
@@ -104,6 +113,7 @@ class _Probing(_Refusing):
     def _guard(self, verb: str, *args: Any) -> Flow[Any]:
         "Run a verb of the inner store, unless that is known to be of no use."
         if (why := self._writes if verb in _WRITES else self._reads) is not None:
+            self._look_after()
             raise StoreUnavailableError(why)
         try:
             result = yield from getattr(self.inner, verb)(*args)
@@ -194,4 +204,4 @@ class Guarded(_Agreeing):
     def shut(self) -> Flow[None]:
         self._closing.set()
         yield from self.inner.shut()
-        self._reads, self._writes, self._told, self._watching, self._closing = None, None, None, False, threading.Event()
+        self._reads, self._writes, self._told, self._prober, self._closing = None, None, None, None, threading.Event()

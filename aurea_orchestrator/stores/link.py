@@ -13,7 +13,7 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import ClusterDownError, NoPermissionError, TryAgainError
+from redis.exceptions import ClusterDownError, NoPermissionError, ReadOnlyError, TryAgainError
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
@@ -21,7 +21,7 @@ from ..address import Address
 from ..errors import StoreError, StoreTimeoutError, StoreUnavailableError
 
 # %% auto #0
-__all__ = ['Client', 'Maker', 'Node', 'open_client', 'primaries', 'dial', 'fault']
+__all__ = ['Client', 'Maker', 'Node', 'open_client', 'primaries', 'dial', 'fault', 'sound', 'broke']
 
 # %% ../../nbs/16_stores.link.ipynb #66c25b69
 Client: TypeAlias = Any                    # redis-py's four kinds share no base class
@@ -115,11 +115,11 @@ _CURES: tuple[tuple[type[Exception], str], ...] = (
     (redis.AuthenticationError, "refuses the user or the password; check REDIS_PASSWORD, or those in CACHE_URL"),
     (NoPermissionError, "does not let this user do that; its ACL needs ~* +@read +@write +@scripting +@connection +scan +info"),
     (redis.OutOfMemoryError, "is full and evicts nothing; give it more maxmemory, or maxmemory-policy volatile-lru"),
-    (redis.ReadOnlyError, "is a read-only replica; point the URL at its primary, or at its Sentinels with redis+sentinel://"),
+    (ReadOnlyError, "is a read-only replica; point the URL at its primary, or at its Sentinels with redis+sentinel://"),
     (TryAgainError, "is moving this slot to another server; soon it will serve it again"),
     (redis.BusyLoadingError, "is still loading its data; it will answer by itself"),
 )
-_UNWELL = ("NOAUTH", "MASTERDOWN")
+_UNWELL = ("NOAUTH", "MASTERDOWN", "BUSY ")
 
 
 def fault(
@@ -139,3 +139,21 @@ def fault(
     else:
         ours = StoreUnavailableError(f"{shown} cannot be reached, or cannot serve: {words or type(error).__name__}")
     return ours
+
+# %% ../../nbs/16_stores.link.ipynb #5e4cdb1b
+def sound(
+    replies: list[Any],  # As a client gives them, refusals included
+    watched: bool,       # Whether Sentinels know the next primary, when this one has become a replica
+) -> list[Any]:
+    "The replies. What is no reply is raised: what a server of a cluster did not answer, and that a `watched` primary has become a replica."
+    for each in replies:
+        if isinstance(each, ReadOnlyError if watched else ()) or isinstance(each, Exception) and not isinstance(each, redis.ResponseError):
+            raise redis.ConnectionError(str(each)) if isinstance(each, redis.ResponseError) else each
+    return replies
+
+
+def broke(
+    error: Exception,
+) -> bool:
+    "Whether a connection broke, rather than that the server was late, or said something."
+    return type(error) is redis.ConnectionError or isinstance(error, OSError) and not isinstance(error, TimeoutError)

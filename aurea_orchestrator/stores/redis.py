@@ -13,19 +13,19 @@ from contextlib import suppress
 from typing import Any, TypeAlias
 
 import redis.asyncio
-from redis.exceptions import NoScriptError, ReadOnlyError
+from redis.exceptions import NoScriptError
 
 from ..address import Address, read_address
 from ..effects import Flow
 from ..errors import ConfigError, StoreError
 from ..gather import Gather
 from ..sides import Once, Sides, Turns
-from .base import HOT, Ears, Item, Page, Store, Told
-from .link import Client, Maker, Node, fault, open_client, primaries
+from .base import AT_ONCE, HOT, Ears, Item, Page, Store, Told, parts, room
+from .link import Client, Maker, Node, broke, fault, open_client, primaries, sound
 from .scripts import ACQUIRE, FOLLOW, KEEP, RELAY, RELEASE
-from .scripts import Command, beside, filled, lease, ms, script, told, unknown
+from .scripts import Command, beside, filled, lease, ms, script, told, unknown, weight
 from .tracking import Tracking
-from .wire import AsyncWire, Wire
+from .wire import AsyncWire, Wire, limit
 
 # %% auto #0
 __all__ = ['RedisStore']
@@ -88,19 +88,6 @@ def _listed(reply: Any, commands: Sequence[Command]) -> list[Any]:
     "A reply for each command, from a client."
     return list(reply) if len(commands) > 1 else [reply]
 
-
-def _sound(replies: list[Any], watched: bool) -> list[Any]:
-    "The replies. What is no reply is raised: what a server of a cluster did not answer, and that a `watched` primary has become a replica."
-    for each in replies:
-        if isinstance(each, ReadOnlyError if watched else ()) or isinstance(each, Exception) and not isinstance(each, redis.ResponseError):
-            raise redis.ConnectionError(str(each)) if isinstance(each, redis.ResponseError) else each
-    return replies
-
-
-def _broke(error: Exception) -> bool:
-    "Whether a connection broke, rather than that the server was late, or said something."
-    return type(error) is redis.ConnectionError or isinstance(error, OSError) and not isinstance(error, TimeoutError)
-
 # %% ../../nbs/26_stores.redis.ipynb #741401d1
 class _Blocking(_Side):
     "A blocking client, its connections bounded, its failures translated."
@@ -118,7 +105,7 @@ class _Blocking(_Side):
                     try:
                         return self._tell(commands, again, node, start + self.timeout)
                     except (redis.ConnectionError, OSError) as error:
-                        if not again or not _broke(error) or time.monotonic() - start > self.timeout / 2:
+                        if not again or not broke(error) or time.monotonic() - start > self.timeout / 2:
                             raise
                         again, self.lost = False, True
         except redis.ResponseError as refusal:
@@ -133,7 +120,7 @@ class _Blocking(_Side):
             wire.drop() if wire else client.nodes_manager.initialize() if self.at.kind == "cluster" else None
             self.lost = False
         said = wire.say(commands, again) if wire else _listed(_say(client, commands, node, until), commands)
-        return _sound(said, self.at.kind == "sentinel")
+        return sound(said, self.at.kind == "sentinel")
 
 # %% ../../nbs/26_stores.redis.ipynb #6f3b3768
 class _Threads(_Blocking):
@@ -174,13 +161,14 @@ class _Awaiting(_Side):
 
     async def tell(self, commands: Sequence[Command], again: bool = True, node: Any = None) -> list[Any]:
         "The replies to the commands, refusals included."
+        timer = limit(clock := asyncio.timeout(None), self.timeout)
         try:
-            async with asyncio.timeout(self.timeout), self.slots:
+            async with clock, self.slots:
                 while True:
                     try:
                         return await self._tell(commands, node)
                     except (redis.ConnectionError, OSError) as error:
-                        if not again or not _broke(error):
+                        if not again or not broke(error):
                             raise
                         again, self.lost = False, True
         except redis.ResponseError as refusal:
@@ -188,6 +176,8 @@ class _Awaiting(_Side):
         except Exception as error:
             self.lost = True
             raise self.fault(error) from None
+        finally:
+            timer.cancel()
 
     async def _tell(self, commands: Sequence[Command], node: Any) -> list[Any]:
         client, _, wire = self.opened
@@ -195,7 +185,7 @@ class _Awaiting(_Side):
             await (wire.drop() if wire else client.nodes_manager.initialize() if self.at.kind == "cluster" else asyncio.sleep(0))
             self.lost = False
         replies = await wire.say(commands) if wire else _listed(await _say(client, commands, node, 0), commands)
-        return _sound(replies, self.at.kind == "sentinel")
+        return sound(replies, self.at.kind == "sentinel")
 
 # %% ../../nbs/26_stores.redis.ipynb #40e51fb7
 class _Seat(_Awaiting):
@@ -203,16 +193,19 @@ class _Seat(_Awaiting):
 
     def __init__(self, at: Address, timeout: float, limit: int, own: Maker | None) -> None:
         super().__init__(at, timeout, limit, own)
-        self.reads, self.writes = Gather(self.read), Gather(self.tell)
+        self.reads, self.writes = Gather(self.read, AT_ONCE), Gather(self.tell, AT_ONCE)
         self.look_up = self.reads.one
 
+    def _write(self, commands: Sequence[Command]) -> Awaitable[list[Any]]:
+        return self.writes.ask(commands, sum(room(weight(command)) for command in commands))
+
     async def say(self, commands: Sequence[Command], again: bool = True, node: Any = None) -> list[Any]:
-        return self.good(await (self.writes.ask(commands) if again and node is None else self.tell(commands, again, node)))
+        return self.good(await (self._write(commands) if again and node is None else self.tell(commands, again, node)))
 
     async def run(self, commands: Sequence[Command]) -> list[Any]:
-        replies = await self.writes.ask(commands)
+        replies = await self._write(commands)
         texts = unknown(commands, replies, NoScriptError)
-        return self.good(filled(replies, await self.writes.ask(texts), NoScriptError) if texts else replies)
+        return self.good(filled(replies, await self._write(texts), NoScriptError) if texts else replies)
 
     def look(self, keys: Sequence[str]) -> Awaitable[list[bytes | None]]:
         return self.reads.ask(keys)
@@ -238,9 +231,6 @@ class _Seat(_Awaiting):
                     await each.aclose()
 
 # %% ../../nbs/26_stores.redis.ipynb #c8124f7f
-_AT_ONCE = 1000     # Keys or entries in one exchange, so that none holds the server for long
-
-
 class _Ears(Tracking, Ears):
     "The ears of a store."
 
@@ -282,17 +272,18 @@ class _Verbs(_Entries):
             self._ears.watch(keys)
         if len(keys) == 1:
             return [(yield self._sides.both("look_up", keys[0]))]
-        return (yield self._sides.both("look", keys)) if keys else []
+        found = list[bytes | None]()
+        for some in parts(keys):
+            found += yield self._sides.both("look", some)
+        return found
 
     def put_many(self, items: Sequence[Item]) -> Flow[None]:
-        sets = self._sets(items)
-        for at in range(0, len(sets), _AT_ONCE):
-            yield self._sides.both("say", sets[at:at + _AT_ONCE])
+        for some in parts(self._sets(items), weight):
+            yield self._sides.both("say", some)
 
     def delete(self, keys: Sequence[str]) -> Flow[int]:
         gone = 0
-        for at in range(0, len(keys), _AT_ONCE):
-            some = keys[at:at + _AT_ONCE]
+        for some in parts(keys):
             gone += sum((yield self._sides.both("say", [("UNLINK", key) for key in some] if self.cluster else [("UNLINK", *some)])))
         return gone
 
@@ -304,21 +295,21 @@ class _Leases(_Verbs):
         if self._ears:
             self._ears.watch(keys)
         found = list[tuple[bytes | None, bool]]()
-        for at in range(0, len(keys), _AT_ONCE):
-            calls = [script(ACQUIRE, [key, lease(key)], token, ms(ttl), int(force)) for key in keys[at:at + _AT_ONCE]]
-            for key, (blob, granted, *left) in zip(keys[at:], (yield self._sides.both("run", calls)), strict=False):
+        for some in parts(keys):
+            calls = [script(ACQUIRE, [key, lease(key)], token, ms(ttl), int(force)) for key in some]
+            for key, (blob, granted, *left) in zip(some, (yield self._sides.both("run", calls)), strict=True):
                 found.append((blob, granted == 1))
                 if left and self._ears:
                     self._ears.expect(key, left[0] / 1000 if left[0] >= 0 else ttl)
         return found
 
     def renew(self, keys: Sequence[str], token: str, ttl: float) -> Flow[None]:
-        if keys:
-            yield self._sides.both("run", [script(KEEP, [lease(key)], token, ms(ttl)) for key in keys])
+        for some in parts(keys):
+            yield self._sides.both("run", [script(KEEP, [lease(key)], token, ms(ttl)) for key in some])
 
     def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
-        if commands := self._sets(items) + [script(RELEASE, [lease(key), told(key)], token) for key in keys]:
-            yield self._sides.both("run", commands)
+        for some in parts(self._sets(items) + [script(RELEASE, [lease(key), told(key)], token) for key in keys], weight):
+            yield self._sides.both("run", some)
 
     def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
         [have] = yield self._sides.both("run", [script(RELAY, beside(key), run, place, ms(ttl), *records)])
@@ -351,8 +342,9 @@ class _Counters(_Leases):
         return {name.decode(): float(total) for name, total in found.items()}
 
     def mark(self, hits: Mapping[str, int]) -> Flow[None]:
-        adds = [("ZINCRBY", _HOT, n, key) for key, n in hits.items()]
-        yield self._sides.both("say", [*adds, ("ZREMRANGEBYRANK", _HOT, 0, -HOT - 1)], False)
+        adds: list[Command] = [("ZINCRBY", _HOT, n, key) for key, n in hits.items()]
+        for some in parts([*adds, ("ZREMRANGEBYRANK", _HOT, 0, -HOT - 1)]):
+            yield self._sides.both("say", some, False)
 
     def hottest(self, limit: int = 100) -> Flow[dict[str, int]]:
         [found] = yield self._sides.both("say", [("ZREVRANGE", _HOT, 0, limit - 1, "WITHSCORES")])

@@ -42,7 +42,7 @@ def meant(
 
 # %% auto #0
 __all__ = ['TOLD', 'ACQUIRE', 'KEEP', 'RELEASE', 'RELAY', 'FOLLOW', 'Command', 'lease', 'told', 'beside', 'meant', 'script',
-           'unknown', 'filled', 'ms']
+           'weight', 'unknown', 'filled', 'ms']
 
 # %% ../../nbs/13_stores.scripts.ipynb #ebf3f0a1
 ACQUIRE = """local blob = redis.pcall('GET', KEYS[1])
@@ -89,6 +89,13 @@ def script(
 ) -> Command:
     "The command that calls a script."
     return ("EVALSHA", _DIGESTS[text], len(keys), *keys, *words)
+
+
+def weight(
+    command: Command,
+) -> int:  # Of what is stored by it
+    "The bytes of a command."
+    return sum(len(word) for word in command if isinstance(word, bytes))
 
 
 def unknown(

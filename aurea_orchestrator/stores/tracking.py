@@ -31,6 +31,7 @@ __all__ = ['Tracking']
 _PROOF = 0.25   # Seconds between two questions
 _GOOD = 1.0     # Seconds that an answer proves, from its question on; and that an answer may take
 _LATE = 0.25    # Seconds that an answer may take before who waits looks for himself
+_REFUSED = 30.0 # Seconds after which a server that said no is asked again
 _LOOK = 0.1     # Seconds between two looks at whether all is over, or a kind is new
 _AT_ONCE = 500  # Messages taken from one server before the next one has its turn
 
@@ -111,13 +112,14 @@ class _Talk(_Line):
 
 # %% ../../nbs/17_stores.tracking.ipynb #977862c8
 _Heard: TypeAlias = Callable[[Sequence[str] | None], None]
+_NO_KINDS = frozenset({"", "aurea:"})  # How keys begin that are no entries
 
 
 class _Hearing:
     "Listeners, and the thread that speaks to them."
 
     def __init__(self, at: Address) -> None:
-        self.at, self._refused, self._listeners = at, False, dict[object, _Heard]()
+        self.at, self._refusals, self._listeners = at, set[str](), dict[object, _Heard]()
         self._kinds, self._expected = frozenset({"llm:", "embedding:", TOLD}), dict[str, float]()
         self._fresh()
 
@@ -130,10 +132,11 @@ class _Hearing:
         if self._pid != os.getpid():
             self._fresh()
         with self._lock:
-            if self._over is None and self._listeners and not self._refused:
-                self._over = threading.Event()
-                self._thread = threading.Thread(target=self._run, args=[self._over], name="aurea-ears", daemon=True)
-                self._thread.start()
+            if self._over is None and self._listeners:
+                thread = threading.Thread(target=self._run, args=[over := threading.Event()], name="aurea-ears", daemon=True)
+                with suppress(RuntimeError):  # There is no room for a thread; the next use of the store tries again
+                    thread.start()
+                    self._over, self._thread = over, thread
 
     def _end(self) -> threading.Thread | None:
         if self._pid != os.getpid():
@@ -165,6 +168,12 @@ class _Telling(_Hearing):
         due = [key for key, end in list(self._expected.items()) if end <= now]
         return [key for key in due if self._expected.pop(key, None)]
 
+    def _refused(self, words: str) -> None:
+        "The server said no; tell it once for each reason."
+        if words not in self._refusals:
+            self._refusals.add(words)
+            _log.info("%s; its changes cannot be heard, so nothing is served from memory", words.rstrip("."))
+
     def _tell(self, keys: Sequence[str] | None) -> None:
         for heard in list(self._listeners.values()):
             try:
@@ -178,8 +187,8 @@ class _Reading(_Telling):
 
     def _run(self, over: threading.Event) -> None:
         pause, lines = 0.0, list[_Talk]()
-        while not self._refused and not over.wait(pause):
-            began = time.monotonic()
+        while not over.wait(pause):
+            began, refused = time.monotonic(), False
             try:
                 for link in dial(self.at, _GOOD):
                     lines.append(_Talk(link, self.at.kind == "cluster" and not lines))
@@ -188,10 +197,9 @@ class _Reading(_Telling):
                 self._proven(over, 0.0)
                 if any(line.until for line in lines) and not over.is_set():
                     self._tell(None)  # Who waits should not do so in vain
-                if type(trouble := fault(self.at.shown, _GOOD, error)) is StoreError:  # It answered: no
-                    self._refused = True
-                    _log.info("%s; its changes cannot be heard, so nothing is served from memory", str(trouble).rstrip("."))
-            pause = 0.2 if time.monotonic() - began > 2 * _GOOD else min(1.0, 0.2 + 2 * pause)
+                if refused := type(trouble := fault(self.at.shown, _GOOD, error)) is StoreError:  # It answered: no
+                    self._refused(str(trouble))
+            pause = _REFUSED if refused else 0.2 if time.monotonic() - began > 2 * _GOOD else min(1.0, 0.2 + 2 * pause)
             while lines:
                 with suppress(Exception):
                     lines.pop().link.disconnect()
@@ -227,7 +235,7 @@ class _Noticing(_Reading):
         if self._listeners:
             if self._over is None or self._pid != os.getpid():
                 self._start()
-            if new := {key[:key.find(":") + 1] for key in keys} - self._kinds - {""}:
+            if new := {key[:key.find(":") + 1] for key in keys} - self._kinds - _NO_KINDS:
                 with self._lock:
                     self._kinds, self._until = self._kinds | new, 0.0
 

@@ -5,13 +5,14 @@
 # %% ../../nbs/24_stores.wire.ipynb #e178c948
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
 # %% auto #0
-__all__ = ['Reading', 'packed', 'replies', 'Wire', 'AsyncWire']
+__all__ = ['Reading', 'packed', 'replies', 'Wire', 'AsyncWire', 'limit']
 
 # %% ../../nbs/24_stores.wire.ipynb #28e66188
 def packed(
@@ -224,3 +225,17 @@ class AsyncWire(_Wire):
         "Close those that are idle."
         while self.idle:
             await self.idle.pop().disconnect(nowait=nowait)
+
+# %% ../../nbs/24_stores.wire.ipynb #a5c97d1b
+def _over(clock: asyncio.Timeout, when: float, seconds: float) -> None:
+    now = asyncio.get_running_loop().time()
+    clock.reschedule(now + min(now - when, seconds))
+
+
+def limit(
+    clock: asyncio.Timeout,  # Without a time of its own
+    seconds: float,
+) -> asyncio.TimerHandle:    # To be cancelled when the clock is left
+    "Let the clock expire after so many seconds in which the loop was not held."
+    when = (loop := asyncio.get_running_loop()).time() + seconds
+    return loop.call_at(when, _over, clock, when, seconds)
