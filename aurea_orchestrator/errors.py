@@ -8,7 +8,7 @@ from __future__ import annotations
 # %% auto #0
 __all__ = ['AureaError', 'ConfigError', 'UnkeyableError', 'BatchError', 'OfflineMissError', 'StreamLostError', 'CodecError',
            'UnstorableError', 'DamagedEntryError', 'StoreError', 'StoreUnavailableError', 'StoreTimeoutError',
-           'BackendError', 'BackendUnavailableError', 'BackendTimeoutError', 'BackendAnswerError',
+           'StoreBusyError', 'BackendError', 'BackendUnavailableError', 'BackendTimeoutError', 'BackendAnswerError',
            'BackendRefusedError']
 
 # %% ../nbs/00_errors.ipynb #9ab319ca
@@ -58,6 +58,10 @@ class StoreUnavailableError(StoreError):
 
 class StoreTimeoutError(StoreError):
     "The store did not answer in time."
+
+
+class StoreBusyError(StoreTimeoutError):
+    "Other threads of this process kept the store busy all the time: nothing is wrong with it."
 
 # %% ../nbs/00_errors.ipynb #405ce77d
 class BackendError(AureaError):

@@ -154,7 +154,7 @@ class Links(_Door):
         while True:
             self.ready(link)
             if not link.lock.acquire(timeout=max(0.0, until - time.monotonic())):
-                raise TimeoutError("other threads of this process were writing")
+                raise TimeoutError("other threads of this process wrote all the time")
             try:
                 if link.db is not None:
                     yield link.db

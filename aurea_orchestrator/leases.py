@@ -66,20 +66,18 @@ class _Kept(_Held):
     "Given back; and the thread that keeps them alive, and gives back what is owed."
 
     def settle(self, items: Sequence[Item], keys: Iterable[str], token: str = "") -> Flow[None]:
-        "Store the items, and give back those of the keys that we hold by this token. Raises `StoreError`."
+        "Store the items behind whoever asked, and give back those of the keys that we hold by this token. Raises `StoreError`."
         token = token or self.token
         with self._lock:
             ours = [key for key in keys if self.held.get(key) == token]
             for key in ours:
                 del self.held[key]
-        if ours:
+        if ours or items:
             try:
                 yield from self.store.settle(items, ours, token)
             except StoreError:
                 self.owed.update(dict.fromkeys(ours, token))
                 raise
-        elif items:
-            yield from self.store.put_many(items)
 
     def _renew(self) -> None:
         idle = 0

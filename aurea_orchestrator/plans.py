@@ -63,6 +63,8 @@ def listed(
     "The inputs as Python's own values, and how many there are, where that is known."
     if hasattr(inputs, "columns"):
         raise ConfigError("a table is not a list of inputs: give one column, or a list of its rows as dictionaries")
+    if (kind := getattr(getattr(inputs, "dtype", None), "kind", "")) in ("m", "M") and not hasattr(inputs, "to_list"):
+        inputs = inputs.astype(f"{'timedelta' if kind == 'm' else 'datetime'}64[us]")  # What is finer becomes a number in `tolist`
     plain = next(filter(None, (getattr(inputs, name, None) for name in ("tolist", "to_list", "to_pylist"))), None)
     inputs = _dated(plain()) if plain is not None else inputs
     if isinstance(inputs, (str, bytes, Mapping)):
@@ -193,6 +195,7 @@ class _Asked:
         self.stream = inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner)
         self.awaits = inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner)
         self.to = first_open(fn, common)
+        self.positional = bool(self.to) and inspect.signature(fn).parameters[self.to].kind is inspect.Parameter.POSITIONAL_ONLY
         refused(fn, self.name, common)
         self.lists = takes_lists(fn, self.to, plan.batch_size)
         self.texts: dict[int, str] = {}              # By position, the inputs that go in lists
@@ -204,7 +207,7 @@ class _Asked:
         "The arguments for an input."
         if isinstance(item, Mapping):
             return (), {**self.common, **item}
-        return ((), {**self.common, self.to: item}) if self.to else ((item,), self.common)
+        return ((), {**self.common, self.to: item}) if self.to and not self.positional else ((item,), self.common)
 
     def new(self, job: Batch) -> bool:
         "Whether no input before means the same call; else it is put aside."

@@ -105,3 +105,17 @@ def test_only_a_password_is_enough_and_an_empty_one_is_none() -> None:
     assert read_address("redis://:pw@h").user is None and read_address("redis://:pw@h").password == "pw"
     assert read_address("redis://me@h").password is None and read_address("redis://me@h").user == "me"
     assert read_address("redis://:@h").password is None
+
+
+@pytest.mark.parametrize("url", ["redis://:s3\u2105cret@host/", "sqlite://:s3\u2105cret@host/"])
+def test_a_store_url_that_cannot_be_read_is_not_repeated(url):
+    from aurea_orchestrator.stores.urls import open_store
+    with pytest.raises(ConfigError) as caught: open_store(url, 1.0)
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["ftp://h/v1?key=s3@cret", "https://u:s3@cret@h/v1#x", "http://u:s3@cret@h h/v1"])
+def test_a_base_url_that_cannot_be_used_is_shown_without_its_secrets(url):
+    from aurea_orchestrator.backends.openai import OpenAIBackend
+    with pytest.raises(ConfigError) as caught: OpenAIBackend(url)
+    assert "cret" not in str(caught.value)

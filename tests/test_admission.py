@@ -63,7 +63,7 @@ def test_only_what_its_model_has_finished_is_kept(form, kept, answer):
 
 
 def test_reasons_may_be_enums():
-    class Text(str, Enum): STOP, MAX_TOKENS = "STOP", "MAX_TOKENS"
+    class Text(str, Enum): STOP, MAX_TOKENS = "STOP", "MAX_TOKENS"  # noqa: UP042  as SDKs have it
     class Number(IntEnum): FINISH_REASON_UNSPECIFIED, STOP, MAX_TOKENS = range(3)
     class Lower(Enum): ENDED, CUT = "stop", "length"
     assert all(whole(objects(gemini(reason))) for reason in (Text.STOP, Number.STOP, Number.FINISH_REASON_UNSPECIFIED, Lower.ENDED))

@@ -118,6 +118,28 @@ def test_dates_of_a_column_are_plain_dates(calls):
     assert quiet(age, pd.Series(days)) == quiet(age, days) == [str(day) for day in days]
     assert quiet(age, pd.Series([years])) == [str(years)] and set(calls) == {datetime.datetime, datetime.timedelta} and len(calls) == 3
     assert quiet(age, pd.Series([days[0], None]), errors="return")[0] == str(days[0])
+    for unit in ("ns", "us", "s"):
+        assert quiet(age, np.array(days, f"datetime64[{unit}]")) == [str(day) for day in days]
+        assert quiet(age, np.array([years], f"timedelta64[{unit}]")) == [str(years)]
+
+
+def test_an_argument_without_a_name_is_given_by_its_place():
+    @cache_embedding(cache=Cache.from_url("memory://"))
+    def embed(texts, /): return [[float(len(text))] for text in texts]
+    assert quiet(embed, ["ab", "c"]) == [[2.0], [1.0]]
+
+
+@pytest.mark.slow
+def test_large_batches_that_are_written_at_once_are_all_stored(tmp_path, caplog):
+    url = f"sqlite:///{tmp_path}/c.db"
+    @cache_embedding
+    def embed(texts): return [[0.5] * 3072 for _ in texts]
+    with use_cache(Cache.from_url(url)) as cache:
+        quiet(embed, [f"text {n}" for n in range(3000)])
+        cache.close()
+    with use_cache(Cache.from_url(url)) as cache:
+        assert len(cache.entries(kind="embedding")) == 3000 and not caplog.records
+        cache.close()
 
 
 def test_results_are_in_order_though_calls_end_in_another():

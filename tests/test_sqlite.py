@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 
 from aurea_orchestrator.effects import adrive, drive
-from aurea_orchestrator.errors import ConfigError, StoreError, StoreTimeoutError, StoreUnavailableError
+from aurea_orchestrator.errors import ConfigError, StoreBusyError, StoreError, StoreTimeoutError, StoreUnavailableError
 from aurea_orchestrator.stores import sqlite
 from aurea_orchestrator.stores.base import Item
 from aurea_orchestrator.stores.sqlite import OVERHEAD_BYTES, SqliteStore
+from aurea_orchestrator.stores.urls import open_store
 
 ROOT = Path(__file__).parent.parent
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX")
@@ -615,3 +616,22 @@ class TestRoom:
             assert drive(store.info())["bytes"] <= 60_000
         drive(store.shut())
         check(path)
+
+
+def test_threads_that_keep_the_file_busy_are_no_trouble_of_the_file(tmp_path, caplog):
+    store = open_store(f"sqlite:///{tmp_path}/c.db?memory=0", timeout=0.05)
+    drive(store.put_many([Item("llm:a", b"a", 60)]))
+    writing, go = threading.Event(), threading.Event()
+    def hold():
+        with store.inner._shelf.writing(): writing.set(); go.wait(20)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert writing.wait(20)
+    with pytest.raises(StoreBusyError): drive(store.put_many([Item("llm:b", b"b", 60)]))   # somebody waits for it
+    behind = threading.Thread(target=lambda: drive(store.settle([Item("llm:c", b"c", 60)], [], "token")))
+    behind.start()                                                                          # nobody does
+    time.sleep(0.2)
+    assert store.trouble is None and drive(store.get_many(["llm:a"])) == [b"a"] and not caplog.records
+    go.set(); thread.join(); behind.join(20)
+    assert drive(store.get_many(["llm:b", "llm:c"])) == [None, b"c"]
+    drive(store.shut())

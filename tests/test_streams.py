@@ -152,6 +152,21 @@ def test_nobody_follows_then_nothing_is_told_and_nothing_is_read_ahead(two, monk
     assert not any(told), "pieces were put into the store for nobody"
 
 
+def test_a_leader_that_hears_of_its_key_asks_once_whether_anybody_follows(two, monkeypatch):
+    asked, relay = [], type(two[0].store).relay
+    def counted(self, key, run, place, records, ttl):
+        asked.append(key)
+        return (yield from relay(self, key, run, place, records, ttl))
+    monkeypatch.setattr(type(two[0].store), "relay", counted)
+    ask = Source(list(range(1000))).blocking(two[0])
+    stream = ask("p")
+    assert next(stream) == 0
+    ask.invalidate("p")                                                            # may be heard, and asked about
+    time.sleep(0.5)
+    assert len(asked) < 5
+    stream.close()
+
+
 def test_the_leader_pauses_or_leaves_and_the_joiner_goes_on(two):
     source = Source(PIECES, pauses=(3,))
     stream = source.blocking(two[0])("p")

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import httpx2
 
+from ..address import without_secrets
 from .base import MOST_TEXTS, Answer, Backend, Embeddings, checked
 from .wire import complaint, decode, encode, ending, retry_after, text_of, tokens, vectors_of, veil
 from aurea_orchestrator.errors import (
@@ -48,7 +49,7 @@ class _Address:
 
 def _url(base_url: str) -> httpx2.URL:
     "The parsed address, or `ConfigError` without the secrets in it."
-    shown = re.split("[?#]", re.sub(r"^(\w+://)?.*@", r"\1…@", base_url, flags=re.DOTALL))[0]
+    shown = without_secrets(base_url)
     try:
         url = httpx2.URL(base_url.strip())
     except (httpx2.InvalidURL, UnicodeError) as error:
@@ -168,8 +169,6 @@ def _judge(
 ) -> None:
     "Raise what an error status means."
     status = response.status_code
-    if status < 300:
-        return
     if status < 400:
         raise BackendAnswerError(f"{where} answered {status}, a redirect, which is not followed; set the base URL to where it leads")
     asked, said = retry_after(response.headers, now), veil(complaint(body))
@@ -212,7 +211,8 @@ class _Wire:
             if begun:
                 raise _Passing(BackendAnswerError(f"{where} broke off in the middle of its answer ({why})")) from None
             raise _Passing(BackendUnavailableError(f"{where} cannot be reached ({why})")) from None
-        _judge(where, response, bytes(got), veil, self.pause.now())
+        if response.status_code >= 300:  # In a thread, since what may be repeated is looked for in all that was asked
+            await asyncio.to_thread(_judge, where, response, bytes(got), veil, self.pause.now())
         return bytes(got)
 
 # %% ../../nbs/42_backends.openai.ipynb #448086b5

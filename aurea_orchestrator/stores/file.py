@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..errors import StoreError, StoreTimeoutError, StoreUnavailableError
+from ..errors import StoreBusyError, StoreError, StoreTimeoutError, StoreUnavailableError
 from ..files import Link, Links, grow
 
 # %% auto #0
@@ -42,7 +42,9 @@ def _code(error: BaseException) -> int:
 def _named(error: Exception, path: Path, timeout: float) -> StoreError:
     "The error of our tree that stands for this one."
     code = _code(error)
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError):
+        return StoreBusyError(f"cache file {path}: {error}")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreTimeoutError(f"cache file {path}: others wrote for more than {timeout:g} s ({error}); try again, or raise the timeout")
     return StoreUnavailableError(f"cache file {path}: {_ADVICE.get(code, 'SQLite or the system refused')} ({error})")
 
@@ -131,11 +133,12 @@ class Access:
             raise self._failed(error, link) from error
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        "A transaction: all of it is there at the end, or nothing."
-        until = time.monotonic() + self.timeout
+    def writing(self, patience: float | None = None) -> Iterator[sqlite3.Connection]:
+        "A transaction: all of it is there at the end, or nothing. `patience`: seconds to wait for other threads; None: as for the file."
+        until = time.monotonic() + (self.timeout if patience is None else patience)
         try:
             with self.links.turn(until) as db:
+                until = time.monotonic() + self.timeout
                 _patiently(lambda: db.execute("BEGIN IMMEDIATE"), until)
                 try:
                     yield db

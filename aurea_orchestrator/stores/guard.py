@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..effects import Flow, drive
-from ..errors import StoreError, StoreTimeoutError, StoreUnavailableError
+from ..errors import StoreBusyError, StoreError, StoreTimeoutError, StoreUnavailableError
 from .base import Ears, Item, Page, Store, Told
 
 _log = logging.getLogger("aurea_orchestrator")
@@ -117,6 +117,8 @@ class _Probing(_Refusing):
             raise StoreUnavailableError(why)
         try:
             result = yield from getattr(self.inner, verb)(*args)
+        except StoreBusyError:  # By us
+            raise
         except (StoreUnavailableError, StoreTimeoutError) as error:
             self._trip(verb, error)
             raise

@@ -33,6 +33,7 @@ _SWEEP = "DELETE FROM entries WHERE id IN (SELECT id FROM entries WHERE expires 
 _CHANGES = "SELECT changes FROM shelf"
 _OVER = "DELETE FROM tapes WHERE (key, run) IN (SELECT key, run FROM tapes WHERE expires <= ?)"
 LEFT = 60  # Seconds after which a lease that expired is removed
+_PATIENCE = 30.0  # Seconds that what is written behind its caller waits for other threads of this process: nobody waits for it
 PAUSE = 0.002  # Seconds between two parts of a long write: who waits for the file looks each millisecond
 _T = TypeVar("_T")
 
@@ -73,9 +74,9 @@ class _Writes(_Served):
         db.execute(_OVER, (now,))
 
     @contextmanager
-    def changing(self, keys: Sequence[str]) -> Iterator[sqlite3.Connection]:
+    def changing(self, keys: Sequence[str], patience: float | None = None) -> Iterator[sqlite3.Connection]:
         "A transaction that changes these entries or their leases; who listens is told."
-        with self.writing() as db:
+        with self.writing(patience) as db:
             (before,) = db.execute(_CHANGES).fetchone()
             self.tidy(db)
             yield db
@@ -103,7 +104,7 @@ class _Parts(_Writes):
                 rows.append((key, now + ttl, size, blob))
             else:
                 refused.append(key)
-        with self.changing(list(dict.fromkeys([*(item.key for item in items), *keys]))) as db:
+        with self.changing(list(dict.fromkeys([*(item.key for item in items), *keys])), _PATIENCE if token else None) as db:
             if refused:
                 db.execute(f"DELETE FROM entries WHERE {AMONG}", (json.dumps(refused),))
             room = 0
@@ -144,6 +145,13 @@ class _Shelf(_Parts):
                 "INSERT INTO counts VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value", list(counts.items())
             )
 
+    def heat(self, hits: Mapping[str, int]) -> None:
+        "Add to hits; of too many keys the coldest are forgotten."
+        with self.writing() as db:
+            db.executemany("INSERT INTO hot VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET hits = hits + excluded.hits", list(hits.items()))
+            if db.execute("SELECT count(*) FROM hot").fetchone()[0] > 2 * HOT:
+                db.execute("DELETE FROM hot WHERE key NOT IN (SELECT key FROM hot ORDER BY hits DESC LIMIT ?)", (HOT,))
+
 # %% ../../nbs/23_stores.sqlite.ipynb #00dfb6df
 class _Leased(_Shelf):
     "The transactions on leases."
@@ -176,21 +184,15 @@ _TAPE = "SELECT record FROM tapes WHERE key = ? AND run = ? AND place >= ? ORDER
 
 
 class _Taped(_Leased):
-    "The transactions on tapes, and on what is asked for most."
-
-    def heat(self, hits: Mapping[str, int]) -> None:
-        "Add to hits; of too many keys the coldest are forgotten."
-        with self.writing() as db:
-            db.executemany("INSERT INTO hot VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET hits = hits + excluded.hits", list(hits.items()))
-            if db.execute("SELECT count(*) FROM hot").fetchone()[0] > 2 * HOT:
-                db.execute("DELETE FROM hot WHERE key NOT IN (SELECT key FROM hot ORDER BY hits DESC LIMIT ?)", (HOT,))
+    "The transactions on tapes."
 
     def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> int:
         "Put records on the tape of a run; how many are there then, -1 if it is not the run that leads."
-        now = self.clock()
-        with self.changing([key]) as db:
+        now, changed = self.clock(), [key]
+        with self.changing(changed) as db:
             (last,) = db.execute("SELECT max(place) FROM tapes WHERE key = ? AND run = ?", (key, run)).fetchone()
             if last is None or last < 0 and next(db.execute(_LED, (key, now)), ("",))[0] != run:
+                changed.clear()  # Else who asks hears himself, and asks again
                 return -1
             if not (have := int(last) + 1):
                 db.execute("DELETE FROM tapes WHERE key = ? AND run != ?", (key, run))

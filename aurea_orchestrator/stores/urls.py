@@ -39,8 +39,8 @@ def _engine(url: str, timeout: float) -> tuple[Store, int | None]:
     "The bare store, and the bytes that the URL gives its memory tier."
     try:
         parts = urlsplit(url)
-    except ValueError as error:
-        raise ConfigError(f"the store URL cannot be read ({error}); known forms: {_FORMS}") from None
+    except ValueError:  # Its words may hold a password
+        raise ConfigError(f"the store URL cannot be read; known forms: {_FORMS}") from None
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     sizes = {name: read_size(options.pop(name), name) for name in ("memory", "max_bytes") if name in options}
     memory = sizes.pop("memory", None)
