@@ -145,7 +145,7 @@ class Leases(_Kept):
             begin = self._ears is None
             self._ears = self._ears or self.store.ears()
         if begin and self._ears is not None:
-            self._ears.listen(self._heard)
+            self._ears.listen_for(self)
         return future
 
     def wait(self, future: Future[None]) -> Woken:
@@ -165,7 +165,8 @@ class Leases(_Kept):
                 if not others:
                     self._waiting.pop(key, None)
 
-    def _heard(self, keys: Sequence[str] | None) -> None:
+    def hear(self, keys: Sequence[str] | None) -> None:
+        "Wake who waits for one of these keys; None: for any."
         with self._lock:
             woken = [future for key in (list(self._waiting) if keys is None else keys) for future in self._waiting.get(key, ())]
         for future in woken:

@@ -163,8 +163,8 @@ class _Tally:
 class _Watch:
     "What was heard so far."
 
-    def __init__(self, folder: Path, look: _Look, hear: _Heard) -> None:
-        self.folder, self.look, self.hear = folder, look, hear
+    def __init__(self, folder: Path, look: _Look, hear: _Heard, sweep: Callable[[], None]) -> None:
+        self.folder, self.look, self.hear, self.sweep = folder, look, hear, sweep
         self.until, self.stop = 0.0, threading.Event()
         self.pipe: _Pipe | None = None
         self._tally, self._place = _Tally(), None
@@ -238,6 +238,7 @@ class _Watching(_Looking):
                     self._listen(max(0.0, due - time.monotonic()))
                     if (now := time.monotonic()) >= due:
                         due = now + self._check()
+                        self.sweep()
                 except Exception:
                     _log.exception("listening at %s failed, and begins anew", self.folder)
                     self._deaf()
@@ -260,23 +261,22 @@ class _Listeners:
         look: _Look,   # Which file is there, its count, which keys ended by time; raises if it cannot be read
     ) -> None:
         self.folder, self._look, self._lock = folder, look, threading.Lock()
-        self._all: tuple[_Heard, ...] = ()
+        self._all: tuple[tuple[object, _Heard], ...] = ()
         self._watch: _Watching | None = None
         self._thread: threading.Thread | None = None
 
     def listen(self, heard: _Heard) -> Callable[[], None]:
         "Call `heard` with the keys of each change, or None for anything; what is returned stops that."
-        def own(keys: Sequence[str] | None) -> None:  # So that the same may listen twice
-            heard(keys)
+        mine = object()  # So that the same may listen twice
 
         def stop() -> None:
             with self._lock:
-                self._all = tuple(each for each in self._all if each is not own)
+                self._all = tuple(each for each in self._all if each[0] is not mine)
                 if not self._all:
                     self._end()
 
         with self._lock:
-            self._all += (own,)
+            self._all += ((mine, heard),)
         self.until()
         return stop
 
@@ -290,15 +290,25 @@ class _Listeners:
             watch.stop.set()
         return self._thread if watch else None
 
+# %% ../nbs/14_news.ipynb #dd7060f8
+class _Telling(_Listeners):
+    "Tells them."
+
+    def _sweep(self) -> None:
+        "Let those go who listen for somebody that is there no more (see `stores.base.Hearing`)."
+        for _, heard in self._all:
+            if (there := getattr(heard, "there", None)) is not None and there() is None:
+                heard(None)
+
     def _hear(self, keys: Sequence[str] | None) -> None:
-        for heard in self._all:
+        for _, heard in self._all:
             try:
                 heard(keys)
             except Exception:
                 _log.exception("what listens at %s failed", self.folder)
 
-# %% ../nbs/14_news.ipynb #dd7060f8
-class News(_Listeners):
+# %% ../nbs/14_news.ipynb #cddd38c4
+class News(_Telling):
     "What happens to a file, for all who listen in this process."
 
     def until(self) -> float:
@@ -313,7 +323,7 @@ class News(_Listeners):
             _mind_forks()
         with self._lock, suppress(RuntimeError):  # No thread begins when the interpreter ends
             if self._watch is None and self._all:
-                watch = _Watching(self.folder, self._look, self._hear)
+                watch = _Watching(self.folder, self._look, self._hear, self._sweep)
                 self._thread = threading.Thread(target=watch.run, name="aurea-ears", daemon=True)
                 self._thread.start()
                 self._watch = watch

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 from urllib.parse import parse_qsl
@@ -32,8 +33,8 @@ from .request import Reply, Request as CacheRequest, tell
 # %% auto #0
 __all__ = ['Authorized', 'ASK', 'LOOK', 'CACHE', 'House', 'open_house', 'BadRequest', 'has_body', 'read_body', 'parameters',
            'read_json', 'take_text', 'take_texts', 'take_rest', 'take_flag', 'Ask', 'keys_of', 'Prompt', 'Texts',
-           'Ready', 'respond', 'authorized', 'llm_generate', 'embedding_generate', 'root', 'health', 'ready', 'metrics',
-           'cache_stats', 'cache_clear']
+           'Ready', 'call_of', 'respond', 'authorized', 'llm_generate', 'embedding_generate', 'root', 'health', 'ready',
+           'metrics', 'cache_stats', 'cache_clear']
 
 # %% ../nbs/72_routes.ipynb #1ed695e0
 @dataclass
@@ -242,35 +243,35 @@ class Ready(Response):
         self.raw_headers += (b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")
 
 # %% ../nbs/72_routes.ipynb #42d4e56f
+def call_of(
+    house: House,
+    ask: type[Prompt] | type[Texts],
+    asked: Asked,
+    read: Callable[[], Prompt | Texts],  # Gives the question, always the same; called if it has to be computed
+    early: float = 0.0,                  # How eagerly to refresh, see `options`
+) -> CacheRequest:
+    "What is asked of the cache."
+    meta: dict[str, Any] = {"name": ask.name}
+    return CacheRequest(
+        ask.kind, asked.keys, lambda places: Ask(lambda: read().answers(places, meta)), house.cache.ttl_of(ask.kind), name=ask.name,
+        bypass=asked.fresh, keep=lambda _: read().whole, tally=house.tally, early=early, meta=meta, fields=lambda place: read().each[place],
+    )  # fmt: skip
+
+
 async def respond(request: Request, ask: type[Prompt] | type[Texts]) -> Response:
     "request → key → … → reply"
     house = await open_house(request)
     cache, kind = house.cache, ask.kind
-    question: Prompt | Texts | None = None
-
-    def read() -> Prompt | Texts:
-        return ask(house, parameters(request, raw[2], ask.known))
-
-    async def compute(places: Sequence[int]) -> Sequence[Any]:
-        nonlocal question
-        question = question or read()
-        return await question.answers(places, meta)
-
+    read = functools.cache(lambda: ask(house, parameters(request, raw[2], ask.known)))
     began = cache.clock.tick()
-    raw, meta = (kind, request.scope["query_string"], await read_body(request, house.max_body)), {"name": ask.name}
+    raw = kind, request.scope["query_string"], await read_body(request, house.max_body)
     tell(cache, "request", kind, began)
     began = cache.clock.tick()
     if (asked := house.seen.get(raw)) is None:
-        question = read()
-        house.seen.keep(raw, asked := question.asked)
+        house.seen.keep(raw, asked := read().asked)
     tell(cache, "key", kind, began)
-    call = CacheRequest(
-        kind, asked.keys, lambda places: Ask(lambda: compute(places)), cache.ttl_of(kind), name=ask.name,
-        bypass=asked.fresh, keep=lambda _: question is None or question.whole, tally=house.tally, early=1.0, meta=meta,
-        fields=lambda place: (question or read()).each[place],
-    )  # fmt: skip
     try:
-        replies = await answer(cache, call)
+        replies = await answer(cache, call_of(house, ask, asked, read, early=1.0))
     except (BackendError, OfflineMissError) as error:
         raise HTTPException(*failure(error)) from None
     began = cache.clock.tick()

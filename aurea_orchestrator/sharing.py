@@ -35,8 +35,8 @@ class LeaseTests(Suite):
     @both_ways
     def test_settle(self, store: Store) -> Flow[None]:
         yield from store.acquire([_ONE, _OTHER], "a", 60)
-        yield from self.second(store).settle([Item(_ONE, b"late", 60)], [_ONE, _OTHER], "b")  # Stores, but frees nothing
-        assert (yield from store.acquire([_OTHER], "b", 60)) == [(None, False)]
+        yield from self.second(store).settle([Item(_ONE, b"late", 60)], [_ONE, _OTHER], "b")  # Is not its owner
+        assert (yield from store.acquire([_ONE, _OTHER], "b", 60)) == [(None, False)] * 2
         yield from store.settle([Item(_ONE, b"new", 60)], [_ONE, _OTHER], "a")
         assert (yield from store.acquire([_ONE, _OTHER], "b", 60)) == [(b"new", False), (None, True)]
 
@@ -56,8 +56,17 @@ class EndTests(Suite):
     def test_is_no_entry(self, store: Store) -> Flow[None]:
         yield from store.acquire([_ONE], "a", 60)
         assert (yield from self.all_keys(store, "llm:")) == [] and (yield from store.get_many([_ONE])) == [None]
-        assert (yield from store.delete([_ONE])) == 0
+        assert (yield from store.delete([_OTHER])) == 0
         assert (yield from store.acquire([_ONE], "b", 60)) == [(None, False)]
+
+    @both_ways
+    def test_is_taken_away_by_what_is_newer(self, store: Store) -> Flow[None]:
+        yield from store.acquire([_ONE, _OTHER], "a", 60)
+        assert (yield from self.second(store).delete([_ONE])) == 0
+        yield from self.second(store).put_many([Item(_OTHER, b"new", 60)])
+        yield from store.renew([_ONE, _OTHER], "a", 60)
+        yield from store.settle([Item(_ONE, b"old", 60), Item(_OTHER, b"old", 60)], [_ONE, _OTHER], "a")
+        assert (yield from store.acquire([_ONE, _OTHER], "b", 60)) == [(None, True), (b"new", False)]
 
 # %% ../nbs/89_sharing.ipynb #d9360f87
 class TapeTests(Suite):

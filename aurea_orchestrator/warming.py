@@ -19,8 +19,8 @@ from .effects import adrive
 from .entries import shared, whole
 from .errors import AureaError, ConfigError
 from .events import Cost, Outcome
-from .request import Reply, Request
-from .routes import Ask, BadRequest, House, Prompt, Texts
+from .request import Reply
+from .routes import BadRequest, House, Prompt, Texts, call_of
 from .sheets import Sheet, clean, money, seconds, tokens
 
 # %% auto #0
@@ -130,11 +130,7 @@ async def leave(house: House) -> None:
 
 async def ask(house: House, question: Prompt | Texts) -> list[Reply]:
     "The replies to a question, computed and stored where they are not there."
-    meta: dict[str, Any] = {"name": question.name}
-    return await answer(house.cache, Request(
-        question.kind, question.asked.keys, lambda places: Ask(lambda: question.answers(places, meta)),
-        house.cache.ttl_of(question.kind), name=question.name, bypass=question.fresh, keep=lambda _: question.whole,
-        tally=house.tally, meta=meta, fields=lambda place: question.each[place]))  # fmt: skip
+    return await answer(house.cache, call_of(house, type(question), question.asked, lambda: question))
 
 # %% ../nbs/79_warming.ipynb #de80a6de
 @dataclass

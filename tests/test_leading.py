@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 import traceback
+import weakref
 
 import pytest
 
@@ -309,3 +310,41 @@ async def test_a_stream_that_was_renewed_or_removed_while_it_ran_is_not_stored(c
     assert await rest(stream) == ["new"]                                            # a generator that looks at the world each time
     entry = drive(cache.store.get_many([say.key("p")]))
     assert (entry == [None]) is (way != "refresh") and await rest(say("p")) == ["new", "new"]
+
+
+def test_leases_that_wait_for_nobody_keep_no_cache_alive(tmp_path):
+    cache = Cache.from_url(f"sqlite:///{tmp_path}/c.db")
+    ears, there = cache.store.ears(), weakref.ref(cache.leases)
+    cache.leases.forget(["k"], cache.leases.expect(["k"]))
+    cache.close()
+    del cache
+    gc.collect()
+    assert ears is not None and there() is None
+
+
+@pytest.mark.parametrize("way", ["refresh", "invalidate"])
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
+def test_what_another_process_renewed_or_removed_is_not_undone(request, tmp_path, kind, way):
+    url = request.getfixturevalue("redis_url") if kind == "redis" else f"sqlite:///{tmp_path}/c.db"
+    one, other = (Cache.from_url(url, timeout=5) for _ in range(2))
+    world, began, go = ["old"], threading.Event(), threading.Event()
+    def make(cache):
+        def ask(prompt):
+            seen = world[0]
+            if seen == "old": began.set(); assert go.wait(20)
+            return seen
+        return cache_llm_response(cache=cache, namespace="n", version="1")(ask)
+    first = in_thread(lambda: make(one)("p"))
+    assert began.wait(20)
+    world[0] = "new"
+    ask = make(other)
+    waits = in_thread(lambda: ask("p"))                                             # for the lease of the first
+    time.sleep(0.2)
+    assert (ask.refresh("p") if way == "refresh" else ask.invalidate("p")) in ("new", 0)
+    waits[0].join(5)
+    assert waits[1] == ["new"], "who waited was not told"
+    go.set(); first[0].join(20)
+    assert first[1] == ["old"]
+    until(lambda: not one.leases.held and not one.leases.owed)
+    assert ask("p") == make(one)("p") == "new"
+    for cache in (one, other): cache.close()

@@ -211,11 +211,12 @@ async def test_leases_by_sentinels(sentinels: Sentinels, opened: Open) -> None:
 @pytest.mark.redis
 async def test_leases_in_trouble_are_errors_of_ours(own_redis: Server, opened: Open) -> None:
     store = opened(own_redis.url, timeout=0.3)
-    for way in (lambda flow: asyncio.to_thread(drive, flow), adrive): await way(store.acquire(keys(2), "x", 9))
+    ways = {"x": lambda flow: asyncio.to_thread(drive, flow), "y": adrive}
+    for name, way in ways.items(): await way(store.acquire(keys(2, name), "x", 9))
     with own_redis.client() as client: client.config_set("maxmemory", 1)
-    for flow in (lambda: store.acquire([KEY], "a", 9), lambda: store.settle(items(2), keys(2), "x")):
-        for way in (lambda flow: asyncio.to_thread(drive, flow), adrive):
-            with pytest.raises(StoreError, match="maxmemory"): await way(flow())
+    for name, way in ways.items():
+        for flow in (store.acquire([KEY], "a", 9), store.settle(items(2, name), keys(2, name), "x")):
+            with pytest.raises(StoreError, match="maxmemory"): await way(flow)
     with own_redis.client() as client:
         assert client.keys() == []                                                 # full, but the leases are given back
         client.config_set("maxmemory", 0)

@@ -1004,7 +1004,7 @@ def test_what_changes_in_one_process_is_not_served_in_another(url: str, record_p
             with redis.Redis.from_url(url) as client: client.delete(item.key)
 
     ways: list[Callable[[Item], Any]] = [
-        lambda item: drive(store.put_many([item])), lambda item: drive(store.settle([item], [item.key], "nobody")),
+        lambda item: drive(store.put_many([item])), lambda item: (drive(store.acquire([item.key], "me", 9, True)), drive(store.settle([item], [item.key], "me"))),
         lambda item: drive(store.delete([item.key])), lambda item: cache.clear("llm"), by_hand]
     late = list[float]()
     with Reader(url) as reader:
@@ -1040,7 +1040,8 @@ def test_a_miss_costs_one_get_until_memory_serves_it(url: str) -> None:
     cache = Cache.from_url(url)
     store: Any = cache.store
     until(lambda: (get(store, key(0)), sure(store))[1], "the ears")
-    drive(store.settle([entry(1)], [key(1)], "nobody"))
+    drive(store.acquire([key(1)], "me", 9))
+    drive(store.settle([entry(1)], [key(1)], "me"))
     time.sleep(0.3)
     assert store.peek(key(1)) is None and get(store, key(1)) == store.peek(key(1)) != None  # noqa: E711
     cache.close()

@@ -5,14 +5,15 @@
 # %% ../../nbs/21_stores.base.ipynb #4142f5b7
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from ..effects import Flow
 
 # %% auto #0
-__all__ = ['AT_ONCE', 'HOT', 'Item', 'Page', 'Shelf', 'room', 'parts', 'Told', 'Ears', 'Store']
+__all__ = ['AT_ONCE', 'HOT', 'Item', 'Page', 'Shelf', 'room', 'parts', 'Told', 'Hearer', 'Hearing', 'Ears', 'Store']
 
 # %% ../../nbs/21_stores.base.ipynb #a25357ad
 class Item(NamedTuple):
@@ -118,6 +119,29 @@ class Told(NamedTuple):
     led: bool             # Whether that run still has its lease
 
 
+class Hearer(Protocol):
+    "Whoever wants to know what changed."
+
+    def hear(self, keys: Sequence[str] | None) -> None:
+        "These entries have changed, or their leases ended; None: any may have."
+
+
+class Hearing:
+    "Hears for somebody for as long as he is there."
+
+    __slots__ = ("there", "stop")
+
+    def __init__(self, user: Hearer) -> None:
+        self.there = weakref.ref(user)
+        self.stop: Callable[[], None] = lambda: None
+
+    def __call__(self, keys: Sequence[str] | None) -> None:
+        if (user := self.there()) is not None:
+            user.hear(keys)
+        else:
+            self.stop()
+
+
 class Ears(ABC):
     "Hears which keys of a shared store are written, removed or expired, and which leases end."
 
@@ -127,6 +151,15 @@ class Ears(ABC):
         heard: Callable[[Sequence[str] | None], None],  # Given the keys of entries that changed or whose lease ended; None: any may have
     ) -> Callable[[], None]:                            # Call it to stop listening
         "Call `heard` for each change, from a thread of the ears, soon after it happened. The ears open with the first listener."
+
+    def listen_for(
+        self,
+        user: Hearer,            # Whose `hear` is called; it is not kept alive by that
+    ) -> Callable[[], None]:     # Call it to stop listening
+        "Listen for as long as somebody is in use."
+        hearing = Hearing(user)
+        hearing.stop = self.listen(hearing)
+        return hearing.stop
 
     @abstractmethod
     def until(self) -> float:
@@ -149,7 +182,7 @@ class Store(Shelf):
         yield
 
     def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
-        "Store the items, then give back the leases of the keys that are still ours; who waits is woken. In `parts`."
+        "Store the items, of the keys only what is still leased to us; give back their leases; who waits is woken. In `parts`."
         if items:
             yield from self.put_many(items)
 

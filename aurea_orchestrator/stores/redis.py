@@ -22,7 +22,7 @@ from ..gather import Gather
 from ..sides import Once, Sides, Turns
 from .base import AT_ONCE, HOT, Ears, Item, Page, Store, Told, parts, room
 from .link import Client, Maker, Node, broke, fault, open_client, primaries, sound
-from .scripts import ACQUIRE, FOLLOW, KEEP, RELAY, RELEASE
+from .scripts import ACQUIRE, FOLLOW, KEEP, RELAY, SETTLE
 from .scripts import Command, beside, filled, lease, ms, script, told, unknown, weight
 from .tracking import Tracking
 from .wire import AsyncWire, Wire, limit
@@ -249,18 +249,19 @@ class _Entries(Store):
     ) -> None:
         if not timeout > 0 or max_connections < 1:
             raise ConfigError(f"RedisStore needs timeout > 0 and max_connections >= 1, not {timeout!r} and {max_connections!r}")
-        at = read_address(url)
-        block, wait = connect or (None, None)
-        self.url, self.cluster = at.shown, at.kind == "cluster"
-        self._ears = None if connect else _Ears(at)
+        at, (block, wait) = read_address(url), connect or (None, None)
+        self.url, self.cluster, self._ears = at.shown, at.kind == "cluster", None if connect else _Ears(at)
         self._sides = Sides(lambda: _Threads(at, timeout, max_connections, block), lambda: _Seat(at, timeout, max_connections, wait))
 
     def __repr__(self) -> str:
         return f"RedisStore({self.url!r})"
 
-    def _sets(self, items: Sequence[Item]) -> list[Command]:
+    def _watch(self, keys: Sequence[str]) -> None:
         if self._ears:
-            self._ears.watch([item.key for item in items])
+            self._ears.watch(keys)
+
+    def _sets(self, items: Sequence[Item]) -> list[Command]:
+        self._watch([item.key for item in items])
         return [("SET", key, blob, "PX", ms(ttl)) for key, blob, ttl in items]
 
 # %% ../../nbs/26_stores.redis.ipynb #de183a1c
@@ -268,8 +269,7 @@ class _Verbs(_Entries):
     "What is done with them."
 
     def get_many(self, keys: Sequence[str]) -> Flow[list[bytes | None]]:
-        if self._ears:
-            self._ears.watch(keys)
+        self._watch(keys)
         if len(keys) == 1:
             return [(yield self._sides.both("look_up", keys[0]))]
         found = list[bytes | None]()
@@ -278,22 +278,28 @@ class _Verbs(_Entries):
         return found
 
     def put_many(self, items: Sequence[Item]) -> Flow[None]:
-        for some in parts(self._sets(items), weight):
-            yield self._sides.both("say", some)
+        for some in parts(items, lambda item: len(item.blob)):
+            yield self._sides.both("say", self._sets(some) + self._unlinks([lease(item.key) for item in some]))
 
     def delete(self, keys: Sequence[str]) -> Flow[int]:
         gone = 0
         for some in parts(keys):
-            gone += sum((yield self._sides.both("say", [("UNLINK", key) for key in some] if self.cluster else [("UNLINK", *some)])))
+            entries = self._unlinks(some)
+            replies = yield self._sides.both("say", entries + self._unlinks([lease(key) for key in some]))
+            gone += sum(replies[:len(entries)])
+            if any(replies[len(entries):]):  # Whoever waits for a lease that was taken away has to hear of it
+                yield self._sides.both("say", [("SET", told(key), "", "PX", 1) for key in some])
         return gone
+
+    def _unlinks(self, keys: Sequence[str]) -> list[Command]:
+        return [("UNLINK", key) for key in keys] if self.cluster else [("UNLINK", *keys)]
 
 # %% ../../nbs/26_stores.redis.ipynb #e00ce0fd
 class _Leases(_Verbs):
     "Leases, and the ears."
 
     def acquire(self, keys: Sequence[str], token: str, ttl: float, force: bool = False) -> Flow[list[tuple[bytes | None, bool]]]:
-        if self._ears:
-            self._ears.watch(keys)
+        self._watch(keys)
         found = list[tuple[bytes | None, bool]]()
         for some in parts(keys):
             calls = [script(ACQUIRE, [key, lease(key)], token, ms(ttl), int(force)) for key in some]
@@ -308,16 +314,17 @@ class _Leases(_Verbs):
             yield self._sides.both("run", [script(KEEP, [lease(key)], token, ms(ttl)) for key in some])
 
     def settle(self, items: Sequence[Item], keys: Sequence[str], token: str) -> Flow[None]:
-        for some in parts(self._sets(items) + [script(RELEASE, [lease(key), told(key)], token) for key in keys], weight):
+        answers, leased = {item.key: (item.blob, ms(item.ttl)) for item in items}, dict.fromkeys(keys)
+        free = [item for item in items if item.key not in leased]
+        calls = [script(SETTLE, [lease(key), told(key), key], token, *answers.get(key, ())) for key in leased]
+        for some in parts(self._sets(free) + calls, weight):
             yield self._sides.both("run", some)
 
     def relay(self, key: str, run: str, place: int, records: Sequence[bytes], ttl: float) -> Flow[int]:
-        [have] = yield self._sides.both("run", [script(RELAY, beside(key), run, place, ms(ttl), *records)])
-        return int(have)
+        return int((yield self._sides.both("run", [script(RELAY, beside(key), run, place, ms(ttl), *records)]))[0])
 
     def follow(self, key: str, run: str, place: int) -> Flow[Told]:
-        if self._ears:
-            self._ears.watch([key])
+        self._watch([key])
         [(led, records, left)] = yield self._sides.both("run", [script(FOLLOW, beside(key), run, place)])
         if left > 0 and self._ears:
             self._ears.expect(key, left / 1000)
@@ -342,8 +349,7 @@ class _Counters(_Leases):
         return {name.decode(): float(total) for name, total in found.items()}
 
     def mark(self, hits: Mapping[str, int]) -> Flow[None]:
-        adds: list[Command] = [("ZINCRBY", _HOT, n, key) for key, n in hits.items()]
-        for some in parts([*adds, ("ZREMRANGEBYRANK", _HOT, 0, -HOT - 1)]):
+        for some in parts([*(("ZINCRBY", _HOT, n, key) for key, n in hits.items()), ("ZREMRANGEBYRANK", _HOT, 0, -HOT - 1)]):
             yield self._sides.both("say", some, False)
 
     def hottest(self, limit: int = 100) -> Flow[dict[str, int]]:
@@ -363,9 +369,8 @@ class RedisStore(_Counters):
         place = place if ahead[0][1] == name else "0"  # Another server has other places
         match = re.sub(r"([*?\[\]\\])", r"\\\1", prefix) + "*"
         [(place, found)] = yield self._sides.both("say", [("SCAN", place, "MATCH", match, "COUNT", limit)], True, ahead[0][2])
-        if isinstance(place, dict):  # So redis-py answers for a node of a cluster
-            [place] = place.values()
-        keys = [key.decode(errors="replace") for key in found]
+        [place] = place.values() if isinstance(place, dict) else [place]  # So redis-py answers for a node of a cluster
+        keys = (key.decode(errors="replace") for key in found)
         here = ahead[0][:2] + (int(place),) if int(place) else ahead[1][:2] + (0,) if len(ahead) > 1 else None
         return Page([key for key in keys if key.startswith(prefix) and "\ufffd" not in key], here and "{}/{}/{}".format(*here))
 

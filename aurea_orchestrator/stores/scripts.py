@@ -41,7 +41,7 @@ def meant(
     return key[len(TOLD) + 1:].partition("}")[0] if key.startswith(TOLD) else key
 
 # %% auto #0
-__all__ = ['TOLD', 'ACQUIRE', 'KEEP', 'RELEASE', 'RELAY', 'FOLLOW', 'Command', 'lease', 'told', 'beside', 'meant', 'script',
+__all__ = ['TOLD', 'ACQUIRE', 'KEEP', 'SETTLE', 'RELAY', 'FOLLOW', 'Command', 'lease', 'told', 'beside', 'meant', 'script',
            'weight', 'unknown', 'filled', 'ms']
 
 # %% ../../nbs/13_stores.scripts.ipynb #ebf3f0a1
@@ -51,9 +51,11 @@ if blob and ARGV[3] == '0' then return {blob, 0} end
 if redis.call('SET', KEYS[2], ARGV[1], 'NX', 'PX', ARGV[2]) or redis.pcall('GET', KEYS[2]) == ARGV[1] then return {blob, 1} end
 return {blob, 0, redis.call('PTTL', KEYS[2])}"""
 KEEP = "if redis.pcall('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
-RELEASE = """if redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+SETTLE = """if redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+local said = ARGV[2] and redis.pcall('SET', KEYS[3], ARGV[2], 'PX', ARGV[3])
 redis.call('RENAME', KEYS[1], KEYS[2])
-return redis.call('DEL', KEYS[2])"""
+redis.call('DEL', KEYS[2])
+return said or 1"""
 
 # %% ../../nbs/13_stores.scripts.ipynb #c82855cf
 RELAY = """if redis.pcall('LINDEX', KEYS[2], 0) ~= ARGV[1] then
@@ -78,7 +80,7 @@ return {run, {}, left}"""
 # %% ../../nbs/13_stores.scripts.ipynb #c0825a20
 Command: TypeAlias = tuple[Any, ...]
 
-_TEXTS = {sha1(text.encode(), usedforsecurity=False).hexdigest(): text for text in (ACQUIRE, KEEP, RELEASE, RELAY, FOLLOW)}
+_TEXTS = {sha1(text.encode(), usedforsecurity=False).hexdigest(): text for text in (ACQUIRE, KEEP, SETTLE, RELAY, FOLLOW)}
 _DIGESTS = {text: digest for digest, text in _TEXTS.items()}
 
 

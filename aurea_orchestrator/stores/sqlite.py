@@ -9,7 +9,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,37 +95,47 @@ def _in_turn(several: Sequence[_T]) -> Iterator[tuple[_T, bool]]:
 class _Parts(_Writes):
     "One part of a long write."
 
-    def put_part(self, items: Sequence[Item], keys: Sequence[str] = (), token: str = "") -> None:
-        "Store a part, and end those leases of the keys that have the token."
-        now, rows, refused = self.clock(), [], []
-        for key, blob, ttl in items:
-            size = len(blob) + 2 * len(key) + OVERHEAD_BYTES
-            if ttl > 0 and size <= self.max_bytes:
-                rows.append((key, now + ttl, size, blob))
-            else:
-                refused.append(key)
-        with self.changing(list(dict.fromkeys([*(item.key for item in items), *keys])), _PATIENCE if token else None) as db:
+    def put_part(self, items: Sequence[Item], leased: Collection[str], token: str, ending: Sequence[str]) -> None:
+        "Store a part, of what is `leased` only what still is; the leases of the rest are taken away. Then end leases that have the token."
+        with self.changing(list(dict.fromkeys([*(item.key for item in items), *ending])), _PATIENCE if token else None) as db:
+            now, free = self.clock(), [item.key for item in items if item.key not in leased]
+            held = {key for (key,) in db.execute(f"SELECT key FROM leases WHERE token = ? AND {AMONG}", (token, json.dumps([*leased])))}
+            rows, refused = list[tuple[str, float, int, bytes]](), list[str]()
+            for key, blob, ttl in items:
+                size = len(blob) + 2 * len(key) + OVERHEAD_BYTES
+                if key not in leased or key in held:
+                    rows.append((key, now + ttl, size, blob)) if ttl > 0 and size <= self.max_bytes else refused.append(key)
             if refused:
                 db.execute(f"DELETE FROM entries WHERE {AMONG}", (json.dumps(refused),))
-            room = 0
-            for row in rows:
-                if row[2] > room:
-                    room = make_room(db, row[2], self.max_bytes, now)
-                db.execute(_PUT, row)
-                room -= row[2]
-            if keys:
-                ended = db.execute(f"DELETE FROM leases WHERE token = ? AND {AMONG}", (token, json.dumps(list(keys)))).rowcount
-                db.execute("UPDATE shelf SET changes = changes + ?", (ended,))
+            self._add(db, rows, now)
+            _end(db, free)
+            _end(db, ending, token)
+
+    def _add(self, db: sqlite3.Connection, rows: Sequence[tuple[str, float, int, bytes]], now: float) -> None:
+        room = 0
+        for row in rows:
+            if row[2] > room:
+                room = make_room(db, row[2], self.max_bytes, now)
+            db.execute(_PUT, row)
+            room -= row[2]
+
+
+def _end(db: sqlite3.Connection, keys: Sequence[str], token: str | None = None) -> None:
+    "End the leases of keys; only those with a token, if one is given."
+    if keys:
+        whose, values = ("", ()) if token is None else ("token = ? AND ", (token,))
+        ended = db.execute(f"DELETE FROM leases WHERE {whose}{AMONG}", (*values, json.dumps(list(keys)))).rowcount
+        db.execute("UPDATE shelf SET changes = changes + ?", (ended,))
 
 # %% ../../nbs/23_stores.sqlite.ipynb #7071a781
 class _Shelf(_Parts):
     "The transactions."
 
     def put(self, items: Sequence[Item], keys: Sequence[str] = (), token: str = "") -> None:
-        "Store items; of several with one key, the last. Then end those leases of the keys that have the token."
+        "Store items; of several with one key, the last. Of the keys what is still leased to the token; then end those leases."
         latest = list({item.key: item for item in items}.values())
         for part, last in _in_turn(list(parts(latest, lambda item: len(item.blob))) or [()]):
-            self.put_part(part, keys if last else (), token)
+            self.put_part(part, frozenset(keys), token, keys if last else ())
 
     def remove(self, keys: Sequence[str]) -> int:
         "Remove keys; how many live ones were there."
@@ -133,6 +143,7 @@ class _Shelf(_Parts):
         for part, last in _in_turn(list(parts(keys))):
             with self.changing(part) as db:
                 gone += db.execute(f"DELETE FROM entries WHERE +expires > ? AND {AMONG}", (self.clock(), json.dumps(list(part)))).rowcount
+                _end(db, part)
                 if last:
                     shrink(db)
         return gone
@@ -141,9 +152,8 @@ class _Shelf(_Parts):
         "Add to counters."
         with self.writing() as db:
             self.tidy(db)
-            db.executemany(
-                "INSERT INTO counts VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value", list(counts.items())
-            )
+            more = "INSERT INTO counts VALUES (?, ?) ON CONFLICT(name) DO UPDATE SET value = value + excluded.value"
+            db.executemany(more, list(counts.items()))
 
     def heat(self, hits: Mapping[str, int]) -> None:
         "Add to hits; of too many keys the coldest are forgotten."

@@ -84,21 +84,6 @@ def _deaf() -> float:
 def _silent() -> None:
     "Nothing to stop."
 
-
-def _listen(ears: Ears, known: _Known) -> Callable[[], None]:
-    "Listen for as long as a memory is in use."
-    user, stops = weakref.ref(known), list[Callable[[], None]]()
-
-    def hear(keys: Sequence[str] | None) -> None:
-        if (known := user()) is not None:
-            known.hear(keys)
-        else:
-            for stop in stops:
-                stop()
-
-    stops.append(ears.listen(hear))
-    return stops[0]
-
 # %% ../../nbs/25_stores.tiers.ipynb #5f20ab9e
 _tiers: weakref.WeakSet[_Listening] = weakref.WeakSet()
 
@@ -149,7 +134,7 @@ class _Listening:
                 self._opened = True
                 self._stop()  # What was inherited by a fork
                 if (ears := self.shared.ears()) is not None:
-                    self._stop = _listen(ears, self._known)
+                    self._stop = ears.listen_for(self._known)
                     self._known.hear(None)
                     self._sure = ears.until
 
