@@ -1,6 +1,8 @@
 """Servers for the tests that need real ones; started when the first test asks, ended with the session."""
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from tests.pulse import Pulse
-from tests.servers import Cluster, Sentinels, Server, standalone
+from tests.servers import Cluster, Sentinels, Server, standalone, until
 
 settings.register_profile("busy", deadline=None)  # how long one example takes says nothing on a machine that does other things too
 settings.load_profile("busy")
@@ -82,3 +84,10 @@ def cluster(_cluster: Cluster) -> Cluster:
     for server in _cluster.servers[:3]:
         with server.client() as client: client.flushall()
     return _cluster
+
+
+@pytest.fixture
+def alone() -> None:
+    "Nobody listens any more in this process: what other tests have dropped has ended."
+    gc.collect()
+    until(lambda: not any(thread.name == "aurea-ears" for thread in threading.enumerate()), "the ears of other tests to end", 30)

@@ -375,6 +375,7 @@ def test_a_listener_that_fails_hinders_nobody(redis_server: Server, noted: Noted
 
 
 @pytest.mark.redis
+@pytest.mark.usefixtures("alone")
 def test_there_is_a_thread_while_somebody_listens(redis_server: Server, opened: Open) -> None:
     def threads() -> list[str]: return [thread.name for thread in threading.enumerate() if thread.name == "aurea-ears"]
     store = opened(redis_server.url)

@@ -336,6 +336,7 @@ class TestTapes:
         assert drive(store.follow(key(1), "", 0)) == ("", [], False) and changes(path) == 0
 
 
+@pytest.mark.usefixtures("alone")
 class TestEars:
     def test_no_thread_and_no_folder_before_somebody_listens(self, path: Path, store: SqliteStore) -> None:
         before = threading.active_count()
@@ -659,6 +660,7 @@ class TestVanishing:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("alone")
 class TestForks:
     def test_parent_and_child_hear(self, path: Path, store: SqliteStore) -> None:
         heard = hearing(store)
@@ -724,6 +726,7 @@ time.sleep(60)
             thread.join()
 
 
+@pytest.mark.usefixtures("alone")
 def test_ears_of_a_cache_that_was_dropped_end_though_nothing_happens(tmp_path):
     def ears() -> list[str]: return [thread.name for thread in threading.enumerate() if thread.name == "aurea-ears"]
     cache = Cache.from_url(f"sqlite:///{tmp_path}/c.db")

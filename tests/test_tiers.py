@@ -931,6 +931,7 @@ cache.close()
 """
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
 def test_caches_that_were_dropped_leave_no_thread_and_no_file_open(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/cache.db"
