@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from aurea_orchestrator import cache_llm_response
+from aurea_orchestrator import Cache, cache_llm_response
 from aurea_orchestrator.admission import whole
 
 
@@ -96,10 +96,10 @@ def test_nothing_of_a_value_is_used_up_or_followed_without_end():
 
 @pytest.mark.parametrize("name", ["Anthropic, stream", "Gemini", "Responses, stream", "wrapped"])
 def test_what_was_cut_short_is_asked_for_again(name):
-    calls, cut = [], CUT[name]
-    @cache_llm_response
+    calls, cut, cache = [], CUT[name], Cache.from_url("memory://")
+    @cache_llm_response(cache=cache)
     def ask(prompt): calls.append(1); return cut
-    @cache_llm_response
+    @cache_llm_response(cache=cache)
     def stream(prompt): calls.append(1); yield from cut
     if isinstance(cut, list):
         assert list(stream("p")) == list(stream("p")) == cut and len(calls) == 2
