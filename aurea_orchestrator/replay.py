@@ -120,7 +120,8 @@ class _Opening:
         self.cache, self.request, self.begin, self.quiet = cache, request, begin, quiet
         (self.key,) = request.keys
         self.run, self.place = "", 0           # The name of our run, and how many of its records others can read
-        self.computing, self.alone = False, request.bypass or not cache.looks
+        self.computing, self.bypasses = False, request.bypass or not cache.looks
+        self.alone = self.bypasses             # Agrees with nobody else, or cannot
         self.replied, self.beside, self.wished, self.ended = False, False, False, False
         self.began, self.heard = cache.clock.tick(), Future[None]()
         self.tape = Tape(self.open, self.finish, freeze=freeze, thaw=thaw)
@@ -257,7 +258,7 @@ class Recording(_Leading):
             request, seconds = replace(request, keep=anything), self.cache.clock.tick() - self.began
             replies = made(self.cache, request, {self.key: [tape.items, returned]}, seconds, [thaw(piece) for piece in tape.items])
             self.spend(replies[self.key].cost)
-            if request.bypass:
+            if self.bypasses:
                 yield from supersede(self.cache, [self.key])
             yield from store(self.cache, request, replies, self.run, replies if tape.superseded else ())
 

@@ -134,7 +134,7 @@ def store(
     good = {key: one for key, one in replies.items() if one.blob is not None and one.ttl and key not in superseded}
     items = [Item(key, one.blob or b"", one.ttl + request.stale) for key, one in good.items()]
     try:
-        if request.bypass:  # Who asked waits for it, and has no lease
+        if request.bypass or not cache.looks:  # Who asked waits for it, and has no lease
             yield from cache.store.put_many(items)
         else:
             yield from cache.leases.settle(items, replies, token)

@@ -682,3 +682,14 @@ def test_depth_is_no_trouble():
 def test_nothing_is_imported_until_it_is_needed():
     code = "import sys, aurea_orchestrator; assert not {'aurea_orchestrator.cassettes', 'aurea_orchestrator.entries', 'aurea_orchestrator.readable'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+async def test_awaited_too(tmp_path):
+    one, other, calls = Cache.from_url("memory://"), Cache.from_url("memory://"), []
+    def make(cache):
+        async def ask(prompt): calls.append(prompt); return prompt.upper()
+        return cache_llm_response(cache=cache, namespace="n", version="1")(ask)
+    assert await make(one)("p") == "P"
+    assert await one.aexport(tmp_path / "answers.jsonl") == 1
+    assert (await other.aload(tmp_path / "answers.jsonl")).loaded == 1
+    assert await make(other)("p") == "P" and calls == ["p"]

@@ -322,7 +322,7 @@ def test_leases_that_wait_for_nobody_keep_no_cache_alive(tmp_path):
     assert ears is not None and there() is None
 
 
-@pytest.mark.parametrize("way", ["refresh", "invalidate"])
+@pytest.mark.parametrize("way", ["refresh", "mode", "invalidate"])
 @pytest.mark.parametrize("kind", ["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
 def test_what_another_process_renewed_or_removed_is_not_undone(request, tmp_path, kind, way):
     url = request.getfixturevalue("redis_url") if kind == "redis" else f"sqlite:///{tmp_path}/c.db"
@@ -340,7 +340,9 @@ def test_what_another_process_renewed_or_removed_is_not_undone(request, tmp_path
     ask = make(other)
     waits = in_thread(lambda: ask("p"))                                             # for the lease of the first
     time.sleep(0.2)
-    assert (ask.refresh("p") if way == "refresh" else ask.invalidate("p")) in ("new", 0)
+    if way == "mode":
+        with other.mode("refresh"): assert ask("p") == "new"
+    else: assert (ask.refresh("p") if way == "refresh" else ask.invalidate("p")) in ("new", 0)
     waits[0].join(5)
     assert waits[1] == ["new"], "who waited was not told"
     go.set(); first[0].join(20)

@@ -253,16 +253,19 @@ class _Entries(Store):
         self.url, self.cluster, self._ears = at.shown, at.kind == "cluster", None if connect else _Ears(at)
         self._sides = Sides(lambda: _Threads(at, timeout, max_connections, block), lambda: _Seat(at, timeout, max_connections, wait))
 
-    def __repr__(self) -> str:
-        return f"RedisStore({self.url!r})"
+    def __repr__(self) -> str: return f"RedisStore({self.url!r})"
 
     def _watch(self, keys: Sequence[str]) -> None:
         if self._ears:
             self._ears.watch(keys)
 
+    def _unlinks(self, keys: Sequence[str]) -> list[Command]:
+        return [("UNLINK", key) for key in keys] if self.cluster or not keys else [("UNLINK", *keys)]
+
     def _sets(self, items: Sequence[Item]) -> list[Command]:
         self._watch([item.key for item in items])
-        return [("SET", key, blob, "PX", ms(ttl)) for key, blob, ttl in items]
+        sets = (("SET", key, blob, "PX", ms(ttl)) for key, blob, ttl in items)
+        return [*sets, *self._unlinks([lease(item.key) for item in items])]  # Whoever computes one of them stores nothing older
 
 # %% ../../nbs/26_stores.redis.ipynb #de183a1c
 class _Verbs(_Entries):
@@ -279,7 +282,7 @@ class _Verbs(_Entries):
 
     def put_many(self, items: Sequence[Item]) -> Flow[None]:
         for some in parts(items, lambda item: len(item.blob)):
-            yield self._sides.both("say", self._sets(some) + self._unlinks([lease(item.key) for item in some]))
+            yield self._sides.both("say", self._sets(some))
 
     def delete(self, keys: Sequence[str]) -> Flow[int]:
         gone = 0
@@ -290,9 +293,6 @@ class _Verbs(_Entries):
             if any(replies[len(entries):]):  # Whoever waits for a lease that was taken away has to hear of it
                 yield self._sides.both("say", [("SET", told(key), "", "PX", 1) for key in some])
         return gone
-
-    def _unlinks(self, keys: Sequence[str]) -> list[Command]:
-        return [("UNLINK", key) for key in keys] if self.cluster else [("UNLINK", *keys)]
 
 # %% ../../nbs/26_stores.redis.ipynb #e00ce0fd
 class _Leases(_Verbs):
